@@ -1,0 +1,44 @@
+"""CvT (https://arxiv.org/abs/2103.15808) in JAX and Flax.
+
+    from cvt_flax import create_model
+    model = create_model('cvt-13', num_classes=1000)
+
+The public names are loaded when they are first used: `import cvt_flax` alone imports no library.
+"""
+
+import importlib
+import sys
+import typing
+
+if sys.version_info < (3, 11):  # noqa: UP036  (the one place that tells a person so)
+  raise ImportError(f'cvt_flax needs Python 3.11 or newer, this is {sys.version.split()[0]}')
+
+if typing.TYPE_CHECKING:  # what editors and type checkers read
+  from cvt_flax.models.cvt import CvT
+  from cvt_flax.models.zoo import create_model, list_models
+  from cvt_flax.training.loop import run as train
+
+__version__ = '0.1.0.dev0'
+
+__all__ = ['CvT', 'create_model', 'list_models', 'train']
+
+# Public name -> the module that has it, and its name there.
+_PLACES = {
+  'CvT': ('cvt_flax.models.cvt', 'CvT'),
+  'create_model': ('cvt_flax.models.zoo', 'create_model'),
+  'list_models': ('cvt_flax.models.zoo', 'list_models'),
+  'train': ('cvt_flax.training.loop', 'run'),
+}
+
+
+def __getattr__(name: str):
+  if name not in _PLACES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module, attribute = _PLACES[name]
+  value = getattr(importlib.import_module(module), attribute)
+  globals()[name] = value  # from now on without this function
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

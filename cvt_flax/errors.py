@@ -1,0 +1,33 @@
+"""Errors that a person can act on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+  """The user's input is wrong; a command line prints the message alone and exits with 2.
+
+  The message is one line: what is wrong, where it stands, what is allowed.
+  """
+
+
+class Diverged(Exception):
+  """Training produced a loss that is not finite; a command line exits with 3."""
+
+
+class Interrupted(Exception):
+  """A signal ended the run after its state was saved.
+
+  Attributes:
+    exit_code: 75 when the machine is taken away (run me again), 130 for Ctrl-C.
+  """
+
+  def __init__(self, message: str, exit_code: int):
+    super().__init__(message)
+    self.exit_code = exit_code
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+  """Returns ", did you mean 'x'?" for the closest allowed word, '' when none is close."""
+  close = difflib.get_close_matches(word, list(allowed), n=1)
+  return f', did you mean {close[0]!r}?' if close else ''

@@ -1,0 +1,319 @@
+"""CvT: Introducing Convolutions to Vision Transformers (Wu et al. 2021, arXiv 2103.15808).
+
+Every stage embeds its map by a strided convolution, then runs transformer blocks whose queries,
+keys and values are depthwise convolutions of the map. The numbers follow the authors' code
+(github.com/microsoft/CvT, lib/models/cls_cvt.py at f851e68), and so do the parameters' names.
+
+Shapes: b images, h w a map, n tokens (h w of a map, and one more where there is a class token),
+c channels of a stage. Maps are NHWC, tokens [b n c] in the order of the map's rows.
+"""
+
+import warnings
+
+import einops
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from cvt_flax.models.layers import (
+  ACTIVATIONS,
+  BatchNorm,
+  DepthwiseConv,
+  DropPath,
+  LayerNorm,
+  dense_init,
+  uniform_init,
+)
+from cvt_flax.models.options import StageOptions, resolve
+from cvt_flax.ops.attention import attention
+from cvt_flax.ops.pooling import average_pool
+
+
+class ConvEmbed(nn.Module):
+  """Convolutional token embedding: a strided convolution with bias, then a layer norm."""
+
+  options: StageOptions
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h2 w2 c2']:
+    o = self.options
+    init = uniform_init(o.patch_size**2 * x.shape[-1])
+    padding = (o.patch_padding, o.patch_padding)
+    x = nn.Conv(
+      o.embed_dim,
+      (o.patch_size, o.patch_size),
+      o.patch_stride,
+      (padding, padding),
+      dtype=self.dtype,
+      kernel_init=init,
+      bias_init=init,
+      name='proj',
+    )(x)
+    return LayerNorm(dtype=self.dtype, name='norm')(x)
+
+
+class ConvProjection(nn.Module):
+  """The convolution in front of a query, key or value projection: 'dw_bn', 'avg' or 'linear'.
+
+  'dw_bn' is a depthwise convolution and a batch norm; 'avg' pools keys and values and leaves
+  queries alone; 'linear' does nothing.
+  """
+
+  options: StageOptions
+  stride: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c'], train: bool) -> Float[Array, 'b h2 w2 c']:
+    o = self.options
+    match o.projection:
+      case 'dw_bn':
+        x = DepthwiseConv(o.qkv_kernel, self.stride, o.qkv_padding, self.dtype, name='conv')(x)
+        return BatchNorm(o.bn_group_size, self.dtype, name='bn')(x, train)
+      case 'avg':
+        return average_pool(x, o.qkv_kernel, self.stride, o.qkv_padding)
+      case 'linear':
+        return x
+
+
+class Attention(nn.Module):
+  """Multi-head attention over convolved queries, keys and values.
+
+  The class token goes round the convolutions and through the linear projections.
+  """
+
+  options: StageOptions
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n c'], size: tuple[int, int], train: bool
+  ) -> Float[Array, 'b n c']:
+    o = self.options
+    h, w = size
+    cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
+    x = rearrange(x, 'b (h w) c -> b h w c', h=h, w=w)
+
+    def convolve(name, stride):
+      y = ConvProjection(o, stride, self.dtype, name=f'conv_proj_{name}')(x, train)
+      return jnp.concatenate([cls, rearrange(y, 'b h w c -> b (h w) c')], axis=1)
+
+    def project(name, tokens):
+      y = nn.Dense(
+        o.num_heads * o.head_dim,
+        o.qkv_bias,
+        dtype=self.dtype,
+        kernel_init=dense_init,
+        name=f'proj_{name}',
+      )(tokens)
+      return rearrange(y, 'b n (h d) -> b n h d', h=o.num_heads)
+
+    q = convolve('q', o.q_stride) if o.projection == 'dw_bn' else jnp.concatenate(
+      [cls, rearrange(x, 'b h w c -> b (h w) c')], axis=1
+    )
+    if o.shared_kv:
+      k = v = convolve('kv', o.kv_stride)
+    else:
+      k, v = convolve('k', o.kv_stride), convolve('v', o.kv_stride)
+    if k.shape[1] == 1:
+      warnings.warn(
+        f'a {h}x{w} map with kv stride {o.kv_stride} leaves a single key: the softmax over it is '
+        'always 1 and attention does nothing. Use kv stride 1, a smaller patch stride or larger '
+        'images',
+        stacklevel=2,
+      )
+
+    dropout = nn.Dropout(o.attn_drop_rate, deterministic=not train)
+    q, k, v = project('q', q), project('k', k), project('v', v)
+    x = rearrange(attention(q, k, v, o.scale, dropout), 'b n h d -> b n (h d)')
+    x = nn.Dense(o.embed_dim, o.out_bias, dtype=self.dtype, kernel_init=dense_init, name='proj')(x)
+    return nn.Dropout(o.drop_rate, deterministic=not train)(x)
+
+
+class Mlp(nn.Module):
+  """Two linear layers with an activation in between."""
+
+  options: StageOptions
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n c'], train: bool) -> Float[Array, 'b n c']:
+    o = self.options
+
+    def dense(features, name):
+      return nn.Dense(
+        features, o.mlp_bias, dtype=self.dtype, kernel_init=dense_init, name=name
+      )
+
+    dropout = nn.Dropout(o.drop_rate, deterministic=not train)
+    x = dropout(ACTIVATIONS[o.activation](dense(o.mlp_dim, 'fc1')(x)))
+    return dropout(dense(o.embed_dim, 'fc2')(x))
+
+
+class Block(nn.Module):
+  """A pre-norm transformer block; drop path acts on the two residual branches."""
+
+  options: StageOptions
+  drop_path: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b n c'], size: tuple[int, int], train: bool
+  ) -> Float[Array, 'b n c']:
+    drop_path = DropPath(self.drop_path)
+    y = LayerNorm(dtype=self.dtype, name='norm1')(x)
+    x = x + drop_path(Attention(self.options, self.dtype, name='attn')(y, size, train), train)
+    y = LayerNorm(dtype=self.dtype, name='norm2')(x)
+    return x + drop_path(Mlp(self.options, self.dtype, name='mlp')(y, train), train)
+
+
+class Stage(nn.Module):
+  """A convolutional embedding and its blocks."""
+
+  options: StageOptions
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b h w c'], train: bool
+  ) -> tuple[Float[Array, 'b h2 w2 c2'], Float[Array, 'b m c2']]:
+    """Returns the stage's map and its class tokens: m is 1 or, without a class token, 0."""
+    o = self.options
+    x = ConvEmbed(o, self.dtype, name='patch_embed')(x)
+    b, h, w, c = x.shape
+    if 0 in (h, w):
+      raise ValueError(f'the images are too small: a stage is left with a map of {h}x{w}')
+    x = rearrange(x, 'b h w c -> b (h w) c')
+    if o.cls_token:
+      cls = self.param('cls_token', dense_init, (1, 1, c))
+      cls = einops.repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=b)
+      x = jnp.concatenate([cls, x], axis=1)
+    x = nn.Dropout(o.drop_rate, deterministic=not train)(x)
+    # The rate of drop path rises from zero inside every stage, as in the authors' code.
+    for j, rate in enumerate(o.drop_path_schedule()):
+      x = Block(o, rate, self.dtype, name=f'blocks_{j}')(x, (h, w), train)
+    cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
+    return rearrange(x, 'b (h w) c -> b h w c', h=h, w=w), cls
+
+
+class CvT(nn.Module):
+  """The Convolutional vision Transformer; the defaults are CvT-13.
+
+  A per-stage attribute is a tuple with one entry a stage; () stands for its default.
+
+  Attributes:
+    num_classes: length of the logits; 0 returns the pooled features [b c].
+    embed_dims: channels of every stage.
+    depths: blocks.
+    num_heads: attention heads.
+    patch_sizes: kernel of the convolutional embedding.
+    patch_strides: its stride.
+    patch_paddings: its padding on each side.
+    mlp_ratios: hidden channels of the MLP, as a multiple of the stage's.
+    cls_token: whether the stage has a class token. It does not pass on to the next stage.
+    projection: 'dw_bn' (depthwise convolution and batch norm), 'avg' (pooled keys and values) or
+      'linear'.
+    qkv_kernels: kernel of the projections, padded by kernel // 2 on each side; () is 3. Not for
+      'linear'.
+    q_strides: stride of the query convolution; () is 1, the only one that keeps the residual's
+      shape. For 'dw_bn'.
+    kv_strides: stride of keys and values; () is 2. Not for 'linear'.
+    shared_kv: keys and values share one depthwise convolution ('dw_bn').
+    head_dim: channels of a head; 0 is embed_dim // num_heads.
+    attention_scale: 'embed_dim' (scores times embed_dim ** -0.5, as the authors do) or 'head_dim'.
+    qkv_bias, out_bias, mlp_bias: whether those linear layers have a bias.
+    activation: 'quick_gelu' (the authors') or 'gelu' (exact).
+    drop_rates: dropout after the embedding, the attention's output and in the MLP; () is 0.
+    attn_drop_rates: dropout of the attention weights; () is 0.
+    drop_path_rates: of the last block of the stage, rising linearly from 0 at the first; () is 0.
+    pool: what the classifier reads: 'cls', the last stage's class token, or 'mean', the mean over
+      its map.
+    final_norm: whether a layer norm stands before the classifier (before the mean).
+    bn_group_size: images over which a batch norm takes its training statistics; 0 is the whole
+      batch, across all devices ('dw_bn').
+    dtype: of the computation. Parameters, statistics, softmax and logits are float32.
+
+  Raises:
+    ValueError: on construction, naming the attribute, when the attributes do not fit together.
+  """
+
+  num_classes: int = 1000
+  embed_dims: tuple[int, ...] = (64, 192, 384)
+  depths: tuple[int, ...] = (1, 2, 10)
+  num_heads: tuple[int, ...] = (1, 3, 6)
+  patch_sizes: tuple[int, ...] = (7, 3, 3)
+  patch_strides: tuple[int, ...] = (4, 2, 2)
+  patch_paddings: tuple[int, ...] = (2, 1, 1)
+  mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0)
+  cls_token: tuple[bool, ...] = (False, False, True)
+  projection: str = 'dw_bn'
+  qkv_kernels: tuple[int, ...] = ()
+  q_strides: tuple[int, ...] = ()
+  kv_strides: tuple[int, ...] = ()
+  shared_kv: bool = False
+  head_dim: int = 0
+  attention_scale: str = 'embed_dim'
+  qkv_bias: bool = True
+  out_bias: bool = True
+  mlp_bias: bool = True
+  activation: str = 'quick_gelu'
+  drop_rates: tuple[float, ...] = ()
+  attn_drop_rates: tuple[float, ...] = ()
+  drop_path_rates: tuple[float, ...] = (0.0, 0.0, 0.1)
+  pool: str = 'cls'
+  final_norm: bool = True
+  bn_group_size: int = 0
+  dtype: jnp.dtype = jnp.float32
+
+  def __post_init__(self):
+    resolve(self)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, 'b h w c'], train: bool = False
+  ) -> Float[Array, 'b num_classes']:
+    """Classifies images.
+
+    Args:
+      images: normalised, of any height and width that leave the last stage a pixel.
+      train: batch norms use (and update: mutable=['batch_stats']) the batch's statistics, and
+        dropouts draw from rngs={'dropout': key}.
+
+    Returns:
+      The logits, float32.
+    """
+    maps, cls = self._stages(images, train)
+    x = cls if self.pool == 'cls' else rearrange(maps[-1], 'b h w c -> b (h w) c')
+    if self.final_norm:
+      x = LayerNorm(name='norm')(x)
+    x = jnp.mean(x.astype(jnp.float32), axis=1)
+    if not self.num_classes:
+      return x
+    return nn.Dense(
+      self.num_classes,
+      kernel_init=dense_init,
+      bias_init=lambda key, shape, dtype: uniform_init(x.shape[-1])(key, shape, dtype),
+      name='head',
+    )(x)
+
+  def stage_maps(
+    self, images: Float[Array, 'b h w c'], train: bool = False
+  ) -> list[Float[Array, 'b h2 w2 c2']]:
+    """Returns the map of every stage as its last block leaves it, without class token or norm.
+
+    With the default patch strides they have strides 4, 8 and 16: a backbone for segmentation and
+    detection. Call it as `model.apply(variables, images, method='stage_maps')`.
+    """
+    return self._stages(images, train)[0]
+
+  @nn.compact
+  def _stages(self, images, train):
+    x, maps, cls = images.astype(self.dtype), [], None
+    for s, options in enumerate(resolve(self)):
+      x, cls = Stage(options, self.dtype, name=f'stage{s}')(x, train)
+      maps.append(x)
+    return maps, cls

@@ -1,0 +1,128 @@
+"""The layers below CvT: depthwise convolution, normalisations, drop path, activations."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cvt_flax.ops.batch_norm import normalize, normalize_groups
+from cvt_flax.ops.depthwise import depthwise_conv
+
+# PyTorch's defaults, which the official model keeps: torch.nn.LayerNorm and BatchNorm2d have
+# epsilon 1e-5; BatchNorm2d's momentum 0.1 is 0.9 in Flax's terms.
+EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.9
+
+# timm's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred standard deviations away.
+dense_init = nn.initializers.normal(stddev=0.02)
+
+
+def uniform_init(fan_in: int) -> nn.initializers.Initializer:
+  """Returns PyTorch's default for weights and biases: uniform within 1 / sqrt(fan_in)."""
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def quick_gelu(x: Array) -> Array:
+  """Returns x sigmoid(1.702 x), the activation that the official weights were trained with."""
+  return x * nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+  """Returns the exact GELU, by the error function."""
+  return nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {'quick_gelu': quick_gelu, 'gelu': gelu}
+
+
+class LayerNorm(nn.LayerNorm):
+  """Layer normalisation, computed in float32; `dtype` is that of the result.
+
+  The variance is the mean of the squared differences: `use_fast_variance`, the difference of two
+  means, loses digits.
+  """
+
+  epsilon: float = EPSILON
+  use_fast_variance: bool = False
+
+
+class DepthwiseConv(nn.Module):
+  """A depthwise convolution without bias; see `cvt_flax.ops.depthwise` for its two forms.
+
+  Attributes:
+    kernel_size: height and width.
+    stride: in both directions.
+    padding: zeros on each side.
+    dtype: of the computation.
+  """
+
+  kernel_size: int
+  stride: int
+  padding: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h2 w2 c']:
+    shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
+    kernel = self.param('kernel', uniform_init(self.kernel_size**2), shape)
+    return depthwise_conv(
+      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding
+    )
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation with PyTorch's running statistics; see `cvt_flax.ops.batch_norm`.
+
+  Collections: 'params' (scale, bias) and 'batch_stats' (mean, var), all [c] and float32.
+
+  Attributes:
+    group_size: images over which training statistics are taken; 0 means the whole batch.
+    dtype: of the result; statistics are float32.
+  """
+
+  group_size: int = 0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b h w c'], train: bool) -> Float[Array, 'b h w c']:
+    c = x.shape[-1]
+    scale = self.param('scale', nn.initializers.ones, (c,))
+    bias = self.param('bias', nn.initializers.zeros, (c,))
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,))
+    running_var = self.variable('batch_stats', 'var', jnp.ones, (c,))
+    if not train:
+      y = normalize(x, running_mean.value, running_var.value, scale, bias, EPSILON)
+      return y.astype(self.dtype)
+    y, mean, var = normalize_groups(x, scale, bias, self.group_size, EPSILON)
+    if not self.is_initializing():
+      m = BATCH_NORM_MOMENTUM
+      running_mean.value = m * running_mean.value + (1 - m) * mean
+      running_var.value = m * running_var.value + (1 - m) * var
+    return y.astype(self.dtype)
+
+
+class DropPath(nn.Module):
+  """Stochastic depth: drops a whole residual branch, for each image on its own.
+
+  Kept branches are divided by the probability of keeping them (timm's DropPath).
+
+  Attributes:
+    rate: the probability of dropping.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n c'], train: bool) -> Float[Array, 'b n c']:
+    if not train or self.rate == 0:
+      return x
+    keep = 1 - self.rate
+    mask = jax.random.bernoulli(self.make_rng('dropout'), keep, (x.shape[0], 1, 1))
+    return jnp.where(mask, x / keep, jnp.zeros_like(x))

@@ -1,0 +1,67 @@
+"""Named models."""
+
+from cvt_flax.errors import nearest
+from cvt_flax.models.cvt import CvT
+
+CVT_13 = dict(
+  embed_dims=(64, 192, 384),
+  depths=(1, 2, 10),
+  num_heads=(1, 3, 6),
+  drop_path_rates=(0.0, 0.0, 0.1),
+)
+CVT_21 = CVT_13 | dict(depths=(1, 4, 16))
+
+# For 32x32 pixels. The official strides 4, 2, 2 leave the last stage a 2x2 map with one key beside
+# the class token; these leave it an 8x8 map with sixteen.
+SMALL_IMAGES = dict(patch_sizes=(3, 3, 3), patch_strides=(1, 2, 2), patch_paddings=(1, 1, 1))
+
+# The attributes of every named model; what is not given has CvT's default. The first three are
+# experiments/imagenet/cvt/*.yaml of the authors' code; the others are this project's.
+VARIANTS: dict[str, dict] = {
+  'cvt-13': CVT_13,
+  'cvt-21': CVT_21,
+  'cvt-w24': dict(
+    embed_dims=(192, 768, 1024),
+    depths=(2, 2, 20),
+    num_heads=(3, 12, 16),
+    drop_path_rates=(0.0, 0.0, 0.3),
+  ),
+  'cvt-13-small-images': CVT_13 | SMALL_IMAGES,
+  'cvt-21-small-images': CVT_21 | SMALL_IMAGES,
+  'cvt-nano': dict(
+    embed_dims=(32, 64, 96),
+    depths=(1, 1, 2),
+    num_heads=(1, 2, 3),
+    patch_sizes=(3, 3, 3),
+    patch_strides=(2, 2, 1),
+    patch_paddings=(1, 1, 1),
+    drop_path_rates=(0.0, 0.0, 0.0),
+  ),
+}
+
+
+def list_models() -> list[str]:
+  """Returns the names that `create_model` takes."""
+  return list(VARIANTS)
+
+
+def create_model(name: str, num_classes: int = 1000, **attributes) -> CvT:
+  """Returns the model of that name, a linen module.
+
+  Args:
+    name: one of `list_models()`.
+    num_classes: length of the logits; 0 for the pooled features.
+    **attributes: of `CvT`, in place of the named model's.
+
+  Raises:
+    ValueError: for an unknown name or attribute, or attributes that do not fit together.
+  """
+  if name not in VARIANTS:
+    raise ValueError(
+      f'model {name!r}: one of {", ".join(VARIANTS)} is needed{nearest(name, VARIANTS)}'
+    )
+  allowed = set(CvT.__dataclass_fields__) - {'parent', 'name', 'num_classes'}
+  for attribute in attributes:
+    if attribute not in allowed:
+      raise ValueError(f'CvT has no attribute {attribute!r}{nearest(attribute, allowed)}')
+  return CvT(num_classes=num_classes, **VARIANTS[name] | attributes)

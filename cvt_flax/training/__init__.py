@@ -1,0 +1,1 @@
+"""Training: configuration, state, step, evaluation, checkpoints and the loop that joins them."""

@@ -1,0 +1,109 @@
+"""Orbax checkpoints of a run: the latest, the best, and how to come back to them."""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from cvt_flax.training.step import TrainState
+
+_BEST = 'val/top1'
+
+
+class Checkpoints:
+  """The checkpoints of a run folder.
+
+  Each holds, as items of their own, the 'model' (params, batch_stats), its averages 'ema' where
+  they are kept, the 'optimizer' state and the metrics 'window'. Kept are the latest few and the
+  one with the highest validation top-1. A checkpoint appears under its name only when it is whole.
+  """
+
+  def __init__(self, folder: pathlib.Path, keep: int):
+    policies = ocp.checkpoint_managers
+    # best_fn alone would let retention delete the newest checkpoint, the policy alone would not
+    # write the metrics that it reads: both are needed.
+    options = ocp.CheckpointManagerOptions(
+      best_fn=lambda metrics: metrics[_BEST],
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(keep),
+          policies.BestN(
+            get_metric_fn=lambda metrics: metrics[_BEST],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """Returns the step with the highest validation top-1; the latest where none was measured."""
+    best = self._manager.best_step()
+    return self.latest_step() if best is None else best
+
+  def save(self, step: int, state: TrainState, val_top1: float | None) -> None:
+    """Starts writing a checkpoint; the state may be donated once this returns.
+
+    One of the same step is replaced: a signal during an evaluation saved it without its metric.
+    """
+    if step in self._manager.all_steps():
+      self._manager.wait_until_finished()
+      self._manager.delete(step)
+    items = {
+      name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()
+    }
+    metrics = None if val_top1 is None else {_BEST: val_top1}
+    self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+  def restore(self, step: int, abstract: TrainState) -> TrainState:
+    """Returns the state of a step.
+
+    Args:
+      step: one of the saved steps.
+      abstract: jax.ShapeDtypeStructs with the shardings that are wanted.
+    """
+    items = {
+      name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()
+    }
+    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    return abstract.replace(
+      step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
+      **restored['model'],
+      ema=restored.get('ema'),
+      opt_state=restored['optimizer'],
+      window=restored['window'],
+    )
+
+  def restore_variables(self, step: int, abstract: dict, averaged: bool) -> dict:
+    """Returns what the model of a step is evaluated with.
+
+    Args:
+      step: one of the saved steps.
+      abstract: {'params', 'batch_stats'} of jax.ShapeDtypeStructs with shardings.
+      averaged: whether the run keeps averages; they are returned then.
+    """
+    name = 'ema' if averaged else 'model'
+    abstract = {'params': abstract['params'], 'batch_stats': abstract.get('batch_stats', {})}
+    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
+    return self._manager.restore(step, args=args)[name]
+
+  def wait(self) -> None:
+    """Returns when every checkpoint is on disk; raises what went wrong in the background."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _items(state):
+  items = {
+    'model': {'params': state.params, 'batch_stats': state.batch_stats},
+    'optimizer': state.opt_state,
+    'window': state.window,
+  }
+  return items if state.ema is None else items | {'ema': state.ema}

@@ -1,0 +1,333 @@
+"""Every key of a config: its default, what it means, what it may be, when it is used.
+
+The dataclasses below are the only declaration. `get_config()` turns them into the ConfigDict that
+files in configs/ change and `--config.key=value` overrides; `freeze` turns that back, checked, and
+is what the training code works with. An empty value ('', 0 or ()) means "off" or "the default
+of what it belongs to": ml_collections cannot override None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+
+import ml_collections
+
+from cvt_flax.errors import UserError, nearest
+
+
+def key(default, doc: str, *, allowed=None, low=None, high=None, used=None):
+  """Declares a config key.
+
+  Args:
+    default: its default; its type is the key's.
+    doc: what it means.
+    allowed: the values it may have.
+    low, high: bounds, both inclusive, of the number or of each number of a tuple.
+    used: (predicate of the whole config, the condition in words): when the key has an effect.
+      Moving it off its default while the condition does not hold is an error.
+  """
+  metadata = dict(doc=doc, allowed=allowed, low=low, high=high, used=used)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def _optimizer_is(*names: str):
+  return lambda c: c.optimizer.name in names, f'optimizer.name is {" or ".join(names)}'
+
+
+def _schedule_is(*names: str):
+  return lambda c: c.optimizer.schedule in names, f'optimizer.schedule is {" or ".join(names)}'
+
+
+_MIXING = (lambda c: c.augment.mixup or c.augment.cutmix, 'augment.mixup or augment.cutmix is on')
+_BOTH_MIXINGS = (
+  lambda c: c.augment.mixup and c.augment.cutmix,
+  'augment.mixup and augment.cutmix are both on',
+)
+_WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network. Apart from its name, precision and groups, '' and () keep the named model's."""
+
+  name: str = key('cvt-13', 'a name of cvt_flax.list_models()')
+  dtype: str = key('float32', 'of the computation; parameters are float32', allowed=('float32', 'bfloat16'))
+  bn_group_size: int = key(0, 'images a batch norm takes its statistics over; 0: the whole batch', low=0)
+  embed_dims: tuple[int, ...] = key((), 'channels of every stage', low=1)
+  depths: tuple[int, ...] = key((), 'blocks of every stage', low=1)
+  num_heads: tuple[int, ...] = key((), 'attention heads of every stage', low=1)
+  patch_sizes: tuple[int, ...] = key((), 'kernel of every embedding', low=1)
+  patch_strides: tuple[int, ...] = key((), 'stride of every embedding', low=1)
+  patch_paddings: tuple[int, ...] = key((), 'padding of every embedding', low=0)
+  kv_strides: tuple[int, ...] = key((), 'stride of the keys and values of every stage', low=1)
+  cls_token: tuple[bool, ...] = key((), 'whether each stage has a class token')
+  projection: str = key('', "'dw_bn', 'avg' or 'linear'", allowed=('', 'dw_bn', 'avg', 'linear'))
+  pool: str = key('', "'cls' or 'mean'", allowed=('', 'cls', 'mean'))
+  drop_rates: tuple[float, ...] = key((), 'dropout of every stage', low=0.0)
+  attn_drop_rates: tuple[float, ...] = key((), 'attention dropout of every stage', low=0.0)
+  drop_path_rates: tuple[float, ...] = key((), 'drop path of the last block of every stage', low=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The optimizer, its schedule, and what happens to gradients and parameters around it."""
+
+  name: str = key('adamw', 'optimizer', allowed=('adamw', 'adam', 'sgd', 'rmsprop'))
+  weight_decay: float = key(0.05, 'decoupled for adamw, added to the gradient for the others', low=0.0)
+  beta1: float = key(0.9, 'decay of the first moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam'))
+  beta2: float = key(0.999, 'decay of the second moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam'))
+  epsilon: float = key(1e-8, 'added to the denominator', low=0.0, used=_optimizer_is('adamw', 'adam', 'rmsprop'))
+  momentum: float = key(0.9, 'decay of the velocity', low=0.0, high=1.0, used=_optimizer_is('sgd', 'rmsprop'))
+  nesterov: bool = key(False, "Nesterov's momentum", used=_optimizer_is('sgd'))
+  rms_decay: float = key(0.99, 'decay of the squared gradient', low=0.0, high=1.0, used=_optimizer_is('rmsprop'))
+  schedule: str = key('cosine', 'of the learning rate', allowed=('cosine', 'constant', 'multistep'))
+  schedule_per: str = key('step', 'how often the learning rate moves', allowed=('step', 'epoch'))
+  warmup_epochs: float = key(0.0, 'epochs of linear warm-up', low=0.0)
+  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=_WARMUP)
+  min_learning_rate: float = key(0.0, 'where the cosine ends', low=0.0, used=_schedule_is('cosine'))
+  milestones: tuple[float, ...] = key((), 'epochs at which the rate is multiplied by gamma', low=0.0, used=_schedule_is('multistep'))
+  gamma: float = key(0.1, 'what milestones multiply by', low=0.0, used=_schedule_is('multistep'))
+  reference_batch: int = key(0, 'learning_rate holds at this batch size and scales with it; 0: no scaling', low=0)
+  clip_norm: float = key(0.0, "largest global norm of the gradient; 0: no clipping", low=0.0)
+  ema_decay: float = key(0.0, 'of the averaged parameters and statistics; 0: none are kept', low=0.0, high=1.0)
+  accumulate_steps: int = key(1, 'microbatches a step is computed in', low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+  """What happens to training images and labels."""
+
+  crop_padding: int = key(0, 'pad by so many black pixels, then crop back at random', low=0)
+  flip: bool = key(False, 'mirror half of the images')
+  trivial_augment: bool = key(False, 'TrivialAugmentWide: one random operation an image')
+  mixup: float = key(0.0, 'alpha of Mixup; 0: off', low=0.0)
+  cutmix: float = key(0.0, 'alpha of CutMix; 0: off', low=0.0)
+  mix_prob: float = key(1.0, 'probability of mixing a group of images', low=0.0, high=1.0, used=_MIXING)
+  switch_prob: float = key(0.5, 'probability of CutMix when both are on', low=0.0, high=1.0, used=_BOTH_MIXINGS)
+  label_smoothing: float = key(0.0, 'share of the target spread over all classes', low=0.0, high=1.0)
+  erase_prob: float = key(0.0, 'probability of random erasing, an image', low=0.0, high=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Evaluation."""
+
+  every_epochs: int = key(1, 'epochs between two evaluations of the validation split', low=1)
+  batch_size: int = key(0, 'global; 0: batch_size', low=0)
+  holdout: float = key(0.1, 'share of train held out (at most 5,000 images) where a source has no validation split; 0: none', low=0.0, high=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """The devices."""
+
+  data: int = key(0, 'devices the batch is split over; 0: all', low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Checkpoints: one at every evaluation and at the end; these keys add to that."""
+
+  every_steps: int = key(0, 'one more checkpoint every so many steps; 0: none', low=0)
+  keep: int = key(2, 'how many of the latest checkpoints to keep; the best is kept besides', low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A run."""
+
+  name: str = key('', 'of the experiment; names the run folder')
+  seed: int = key(0, 'of everything that is random', low=0)
+  source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, npz:FILE or digits')
+  data_dir: str = key('', "where TFDS keeps its data sets; '': its own default")
+  skip_unreadable: bool = key(False, 'leave out images that cannot be decoded, and count them')
+  image_size: int = key(224, 'height and width, in pixels', low=1)
+  crop_ratio: float = key(1.0, 'centre share of the resized image that is kept', low=0.1, high=1.0)
+  mean: tuple[float, ...] = key((0.485, 0.456, 0.406), 'of the pixels, 0 to 1, a channel', low=0.0, high=1.0)
+  std: tuple[float, ...] = key((0.229, 0.224, 0.225), 'of the pixels, 0 to 1, a channel', low=1e-6)
+  batch_size: int = key(128, 'images a step, over all devices', low=1)
+  epochs: int = key(10, 'passes over the training images', low=1)
+  learning_rate: float = key(1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0)
+  log_every: int = key(50, 'steps between two lines of training metrics', low=1)
+  tensorboard: bool = key(True, 'write TensorBoard events')
+  closing_note: str = key('', 'printed when the run is finished')
+  model: ModelConfig = ModelConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  augment: AugmentConfig = AugmentConfig()
+  eval: EvalConfig = EvalConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns all keys with their defaults, for a file in configs/ to change. Keys are locked."""
+  return ml_collections.ConfigDict(dataclasses.asdict(TrainConfig())).lock()
+
+
+def keys(declaration=TrainConfig, prefix='') -> Iterator[tuple[str, dataclasses.Field, type]]:
+  """Yields every key as (dotted name, its declaration, its type)."""
+  types = typing.get_type_hints(declaration)
+  for field in dataclasses.fields(declaration):
+    if dataclasses.is_dataclass(types[field.name]):
+      yield from keys(types[field.name], f'{prefix}{field.name}.')
+    else:
+      yield f'{prefix}{field.name}', field, types[field.name]
+
+
+def unknown_key(name: str) -> UserError:
+  """Returns the error for a key that is not declared."""
+  known = [k for k, _, _ in keys()]
+  same_end = [k for k in known if k.rpartition('.')[2] == name.rpartition('.')[2]]
+  hint = f', did you mean {same_end[0]!r}?' if same_end else nearest(name, known)
+  return UserError(f'config has no key {name!r}{hint}')
+
+
+def freeze(config: ml_collections.ConfigDict | dict) -> TrainConfig:
+  """Checks a config and returns it as frozen dataclasses.
+
+  Raises:
+    UserError: for an unknown, missing, mistyped or out-of-range key, or one that is off its default
+      and without effect.
+  """
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  frozen = _build(TrainConfig, config, '')
+  for name, field, _ in keys():
+    _check_value(name, field, _get(frozen, name))
+  for name, field, _ in keys():
+    used = field.metadata['used']
+    if used and _get(frozen, name) != field.default and not used[0](frozen):
+      raise UserError(
+        f'{name}={_get(frozen, name)!r} has no effect: it is used when {used[1]}'
+      )
+  for check in _CHECKS:
+    check(frozen)
+  return frozen
+
+
+def to_dict(config: TrainConfig) -> dict:
+  """Returns the config as nested dicts of JSON values."""
+  return dataclasses.asdict(config)
+
+
+def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:
+  """Returns the keys in which two configs differ, as {dotted name: (value of a, value of b)}."""
+  pairs = {name: (_get(a, name), _get(b, name)) for name, _, _ in keys()}
+  return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _get(config, name):
+  for part in name.split('.'):
+    config = getattr(config, part)
+  return config
+
+
+def _build(declaration, values, prefix):
+  types = typing.get_type_hints(declaration)
+  for name in values:
+    if name not in types:
+      raise unknown_key(f'{prefix}{name}')
+  built = {}
+  for name, kind in types.items():
+    if name not in values:
+      raise UserError(f'config lacks the key {prefix}{name!r}: start from get_config()')
+    if dataclasses.is_dataclass(kind):
+      built[name] = _build(kind, values[name], f'{prefix}{name}.')
+    else:
+      built[name] = _typed(f'{prefix}{name}', values[name], kind)
+  return declaration(**built)
+
+
+def _typed(name, value, kind):
+  """Returns the value in its declared type; an int may stand for a float, a list for a tuple."""
+  if typing.get_origin(kind) is tuple:
+    element = typing.get_args(kind)[0]
+    if not isinstance(value, tuple | list):
+      raise UserError(f'{name}={value!r}: a tuple of {element.__name__} is needed')
+    return tuple(_typed(name, v, element) for v in value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise UserError(f'{name}={value!r}: {_ARTICLES[kind]} is needed')
+  return value
+
+
+_ARTICLES = {str: 'a string', int: 'an integer', float: 'a number', bool: 'true or false'}
+
+
+def _check_value(name, field, value):
+  allowed, low, high = (field.metadata[k] for k in ('allowed', 'low', 'high'))
+  if allowed and value not in allowed:
+    words = [repr(a) for a in allowed if a != '']
+    raise UserError(f'{name}={value!r}: one of {", ".join(words)} is needed{nearest(value, allowed)}')
+  for number in value if isinstance(value, tuple) else (value,):
+    if isinstance(number, float) and number != number:
+      raise UserError(f'{name}={value!r}: a number is needed')
+    if low is not None and number < low:
+      raise UserError(f'{name}={value!r}: at least {low} is needed')
+    if high is not None and number > high:
+      raise UserError(f'{name}={value!r}: at most {high} is allowed')
+
+
+# Checks of several keys together.
+
+
+def _check_source(c: TrainConfig):
+  if not c.source:
+    raise UserError("source='': tfds:NAME, folder:DIR, npz:FILE or digits is needed")
+
+
+def _check_channels(c: TrainConfig):
+  for name, value in (('mean', c.mean), ('std', c.std)):
+    if len(value) != 3:
+      raise UserError(f'{name}={value!r}: three numbers are needed, for red, green and blue')
+
+
+def _check_warmup(c: TrainConfig):
+  if c.optimizer.warmup_epochs >= c.epochs:
+    raise UserError(
+      f'optimizer.warmup_epochs={c.optimizer.warmup_epochs}: fewer than epochs={c.epochs} are needed'
+    )
+
+
+def _check_milestones(c: TrainConfig):
+  milestones = c.optimizer.milestones
+  if c.optimizer.schedule == 'multistep' and not milestones:
+    raise UserError('optimizer.milestones=(): a multistep schedule needs at least one')
+  if list(milestones) != sorted(set(milestones)):
+    raise UserError(f'optimizer.milestones={milestones!r}: rising epochs are needed')
+
+
+def _check_ema(c: TrainConfig):
+  if c.optimizer.ema_decay == 1:
+    raise UserError('optimizer.ema_decay=1.0: the average would never move; below 1 is needed')
+
+
+def _check_groups(c: TrainConfig):
+  size, k = c.model.bn_group_size, c.optimizer.accumulate_steps
+  if size and c.batch_size % size:
+    raise UserError(f'model.bn_group_size={size} does not divide batch_size={c.batch_size}')
+  if k == 1:
+    return
+  if not size:
+    raise UserError(
+      f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '
+      f'cannot be taken in parts; set model.bn_group_size, {c.batch_size // k} for example'
+    )
+  if (c.batch_size // size) % k:
+    raise UserError(
+      f'optimizer.accumulate_steps={k} does not divide the {c.batch_size // size} groups of '
+      f'model.bn_group_size={size} images in batch_size={c.batch_size}'
+    )
+
+
+_CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
+  _check_source,
+  _check_channels,
+  _check_warmup,
+  _check_milestones,
+  _check_ema,
+  _check_groups,
+)

@@ -1,0 +1,69 @@
+"""Where numbers go: metrics.jsonl, and TensorBoard.
+
+clu.metric_writers is not used: importing it takes TensorFlow and TensorBoard.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+
+class MetricWriter:
+  """Appends lines to metrics.jsonl and scalars to TensorBoard events.
+
+  On resume the file is cut back to the restored step first, so that it reads as if the run had
+  never stopped; what a killed run wrote after its last checkpoint will be written again.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int, tensorboard: bool):
+    self._path = folder / 'metrics.jsonl'
+    self._cut_back(step)
+    self._file = open(self._path, 'a')
+    self._events = None
+    if tensorboard:
+      import tensorboardX
+
+      self._events = tensorboardX.SummaryWriter(
+        str(folder / 'tensorboard'), purge_step=step + 1 if step else None
+      )
+
+  def _cut_back(self, step):
+    lines = [line for line in read_metrics(self._path) if line['step'] <= step]
+    temporary = self._path.with_suffix('.tmp')
+    temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    os.replace(temporary, self._path)
+
+  def write(self, step: int, epoch: float, values: dict) -> None:
+    """Writes one line {'step', 'epoch', **values}; lists go to metrics.jsonl alone."""
+    finite = {
+      k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+    self._file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
+    self._file.flush()
+    if self._events:
+      for name, value in finite.items():
+        if isinstance(value, int | float):
+          self._events.add_scalar(name, value, step)
+      self._events.flush()
+
+  def close(self) -> None:
+    self._file.close()
+    if self._events:
+      self._events.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+  """Returns the whole lines of a metrics.jsonl; [] where there is none.
+
+  A last line that a killed run left half-written is left out.
+  """
+  if not path.exists():
+    return []
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return lines

@@ -1,0 +1,76 @@
+"""Learning-rate schedules, weight-decay groups and the optimizers, all from optax."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cvt_flax.training.config import OptimizerConfig
+
+
+def peak_learning_rate(config: OptimizerConfig, learning_rate: float, batch_size: int) -> float:
+  """Returns the highest learning rate: scaled by batch_size / reference_batch where that is set."""
+  if not config.reference_batch:
+    return learning_rate
+  return learning_rate * batch_size / config.reference_batch
+
+
+def make_schedule(
+  config: OptimizerConfig, peak: float, epochs: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """Returns the learning rate as a function of the step.
+
+  The cosine runs over all epochs, the warm-up's included, and the warm-up replaces its beginning,
+  as timm's CosineLRScheduler does without warmup_prefix.
+  """
+  match config.schedule:
+    case 'cosine':
+      floor = config.min_learning_rate / peak if peak else 0.0
+      after = optax.cosine_decay_schedule(peak, epochs * steps_per_epoch, alpha=floor)
+    case 'constant':
+      after = optax.constant_schedule(peak)
+    case 'multistep':
+      boundaries = {round(m * steps_per_epoch): config.gamma for m in config.milestones}
+      after = optax.piecewise_constant_schedule(peak, boundaries)
+  warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+  before = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_steps, 1))
+
+  def schedule(step):
+    if config.schedule_per == 'epoch':
+      step = step // steps_per_epoch * steps_per_epoch
+    return jnp.where(step < warmup_steps, before(step), after(step))
+
+  return schedule
+
+
+def decayed(params):
+  """Returns a tree of booleans: which parameters weight decay acts on.
+
+  As the authors' code has it: all kernels, those of depthwise convolutions too; no bias, no scale
+  or bias of a norm, no class token (lib/optim/build.py of github.com/microsoft/CvT).
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Returns the optimizer: clipping, weight decay, the update rule, the schedule.
+
+  Weight decay is decoupled for adamw, and added to the gradient for the others, as in PyTorch.
+  """
+  c = config
+  match c.name:
+    case 'adamw':
+      rule = optax.adamw(schedule, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=decayed)
+    case 'adam':
+      rule = optax.adam(schedule, c.beta1, c.beta2, c.epsilon)
+    case 'sgd':
+      rule = optax.sgd(schedule, c.momentum or None, c.nesterov)
+    case 'rmsprop':
+      rule = optax.rmsprop(
+        schedule, c.rms_decay, c.epsilon, eps_in_sqrt=False, momentum=c.momentum or None
+      )
+  parts = []
+  if c.clip_norm:
+    parts.append(optax.clip_by_global_norm(c.clip_norm))
+  if c.weight_decay and c.name != 'adamw':
+    parts.append(optax.add_decayed_weights(c.weight_decay, mask=decayed))
+  return optax.chain(*parts, rule)

@@ -1,0 +1,72 @@
+"""What the terminal shows of a run."""
+
+import sys
+import time
+
+
+class Progress:
+  """Images/s, loss and the time that is left.
+
+  A terminal gets one line that is written over about once a second, a log file one plain line at
+  every interval. The rate is over training steps alone: compilation, evaluation and checkpoints
+  do not count.
+  """
+
+  def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream=None):
+    self._stream = stream or sys.stdout
+    self._tty = self._stream.isatty()
+    self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
+    self._seconds, self._steps = 0.0, 0  # since the rate was last asked for
+    self._all_seconds, self._all_steps = 0.0, 0
+    self._last = self._shown = time.perf_counter()
+
+  def start(self) -> None:
+    """Begins to count time; to be called after anything that is not a training step."""
+    self._last = time.perf_counter()
+
+  def step(self, step: int, loss: float) -> None:
+    """Counts one finished step."""
+    now = time.perf_counter()
+    for name in ('_seconds', '_all_seconds'):
+      setattr(self, name, getattr(self, name) + now - self._last)
+    self._steps += 1
+    self._all_steps += 1
+    self._last = now
+    if self._tty and now - self._shown > 1:
+      self._shown = now
+      self._stream.write(f'\r\x1b[K{self._line(step, loss)}')
+      self._stream.flush()
+
+  def images_per_second(self) -> float | None:
+    """Returns the rate since the last call; None when there was no step to measure."""
+    rate = self._batch * self._steps / self._seconds if self._seconds else None
+    self._seconds, self._steps = 0.0, 0
+    return rate
+
+  def interval(self, step: int, loss: float) -> None:
+    """Shows the line of an interval, in a log."""
+    if not self._tty:
+      self.say(self._line(step, loss))
+
+  def say(self, text: str) -> None:
+    """Shows a line that stays."""
+    self._stream.write(f'\r\x1b[K{text}\n' if self._tty else f'{text}\n')
+    self._stream.flush()
+
+  def _line(self, step, loss):
+    words = [
+      f'epoch {step / self._per_epoch:.2f}/{self._total // self._per_epoch}',
+      f'step {step}/{self._total}',
+      f'loss {loss:.4f}',
+    ]
+    if self._all_seconds:
+      rate = self._all_steps / self._all_seconds
+      left = (self._total - step) / rate
+      words += [f'{rate * self._batch:,.0f} images/s', f'{_duration(left)} left']
+    return '  '.join(words)
+
+
+def _duration(seconds):
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -1,0 +1,41 @@
+"""SIGTERM and Ctrl-C as requests that the run answers at its next step."""
+
+import signal
+import threading
+
+from cvt_flax.errors import Interrupted
+
+# What a run exits with: 75 (EX_TEMPFAIL of sysexits.h) asks a scheduler to run it again.
+_EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+
+class Signals:
+  """Notes signals while the block lasts; a second one of the same kind acts as it always did.
+
+  Outside the main thread, where Python delivers no signals, nothing is noted.
+  """
+
+  def __init__(self):
+    self.received: signal.Signals | None = None
+    self._previous = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      self._previous = {s: signal.signal(s, self._note) for s in _EXIT_CODES}
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _note(self, number, frame):
+    del frame
+    self.received = signal.Signals(number)
+    signal.signal(number, self._previous[number])
+
+  def interruption(self, step: int) -> Interrupted:
+    """Returns the exception to raise once the state of `step` is saved."""
+    code = _EXIT_CODES[self.received]
+    return Interrupted(
+      f'{self.received.name}: saved step {step}; the same command goes on from there', code
+    )

@@ -1,0 +1,186 @@
+"""The training step: a pure function of the state and a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from einops import rearrange
+
+from cvt_flax.data.mixing import mix, random_erase, smoothed_targets
+from cvt_flax.rng import Stream, stream_key
+from cvt_flax.training.config import AugmentConfig
+
+
+@flax.struct.dataclass
+class TrainMetrics(metrics.Collection):
+  """Means over the steps since the last line of training metrics; of the rate, the last value.
+
+  Norms are Euclidean, over all parameters at once.
+  """
+
+  loss: metrics.Average.from_output('loss')
+  top1: metrics.Average.from_output('correct')
+  gradient_norm: metrics.Average.from_output('gradient_norm')
+  update_norm: metrics.Average.from_output('update_norm')
+  parameter_norm: metrics.Average.from_output('parameter_norm')
+  learning_rate: metrics.LastValue.from_output('learning_rate')
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run carries from step to step, and all that a checkpoint holds.
+
+  Attributes:
+    step: steps taken, int32.
+    params: the trained parameters, float32.
+    batch_stats: the batch norms' running statistics, float32.
+    opt_state: the optimizer's.
+    ema: moving averages {'params', 'batch_stats'}, or None where none are kept.
+    window: metrics since the last line was written, so that a resumed run writes the same lines.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  ema: Any
+  window: TrainMetrics
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the model is evaluated with: the averages where they are kept."""
+    return self.ema or {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def init_state(
+  model: nn.Module, tx: optax.GradientTransformation, seed: int, image_size: int, ema: bool
+) -> TrainState:
+  """Returns the state before the first step."""
+  images = jnp.zeros((1, image_size, image_size, 3))
+  variables = model.init(stream_key(seed, Stream.INIT), images)
+  params, batch_stats = variables['params'], variables.get('batch_stats', {})
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=tx.init(params),
+    # A copy: the step donates its state, and no buffer can be donated twice.
+    ema=jax.tree.map(jnp.copy, {'params': params, 'batch_stats': batch_stats}) if ema else None,
+    window=TrainMetrics.empty(),
+  )
+
+
+def normalize_pixels(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
+  """Returns uint8 images [b h w 3] as (pixel / 255 - mean) / std, float32."""
+  scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
+  shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
+  return images.astype(jnp.float32) * scale + shift
+
+
+def make_train_step(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  seed: int,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  augment: AugmentConfig,
+  ema_decay: float,
+  accumulate_steps: int,
+) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
+  """Returns train_step(state, batch) -> (state, loss).
+
+  The batch holds 'image' uint8 [b h w 3] and 'label' int32 [b]. The step normalises, erases and
+  mixes, averages the gradient over `accumulate_steps` microbatches and updates parameters, running
+  statistics, optimizer, averages and metrics. It is meant to be jitted with the state donated.
+  """
+  groups = model.bn_group_size
+
+  def prepare(step, batch):
+    """Returns the images, float32 [b h w 3], and the targets, [b k] rows that sum to 1."""
+    images = normalize_pixels(batch['image'], mean, std)
+    targets = smoothed_targets(batch['label'], model.num_classes, augment.label_smoothing)
+    erase_key, mix_key = jax.random.split(stream_key(seed, Stream.MIXING, step))
+    if augment.erase_prob:
+      images = random_erase(erase_key, images, prob=augment.erase_prob)
+    if augment.mixup or augment.cutmix:
+      images, targets = mix(
+        mix_key,
+        images,
+        targets,
+        group_size=groups,
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.switch_prob,
+      )
+    return images, targets
+
+  def loss_fn(params, batch_stats, images, targets, dropout_key):
+    logits, updates = model.apply(
+      {'params': params, 'batch_stats': batch_stats},
+      images,
+      train=True,
+      mutable=['batch_stats'],
+      rngs={'dropout': dropout_key},
+    )
+    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+    return loss, (updates.get('batch_stats', {}), jnp.mean(correct, dtype=jnp.float32))
+
+  def gradients(state, images, targets):
+    """Returns the loss, its gradient, the new running statistics and the share of hits."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    key = stream_key(seed, Stream.DROPOUT, state.step)
+    if accumulate_steps == 1:
+      (loss, (batch_stats, top1)), grads = grad_fn(
+        state.params, state.batch_stats, images, targets, key
+      )
+      return loss, grads, batch_stats, top1
+
+    # Microbatch j takes the groups j, j + k, ...: every device has its share of each of them.
+    # All start from the same running statistics, whose mean is what the whole batch would give.
+    def split(x):
+      return rearrange(x, '(i k g) ... -> k (i g) ...', k=accumulate_steps, g=groups)
+
+    def microbatch(total, inputs):
+      j, images, targets = inputs
+      (loss, (batch_stats, top1)), grads = grad_fn(
+        state.params, state.batch_stats, images, targets, jax.random.fold_in(key, j)
+      )
+      return jax.tree.map(jnp.add, total, (loss, grads, batch_stats, top1)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (0.0, state.params, state.batch_stats, 0.0))
+    inputs = (jnp.arange(accumulate_steps), split(images), split(targets))
+    total, _ = jax.lax.scan(microbatch, zeros, inputs)
+    return jax.tree.map(lambda x: x / accumulate_steps, total)
+
+  def train_step(state, batch):
+    images, targets = prepare(state.step, batch)
+    loss, grads, batch_stats, top1 = gradients(state, images, targets)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      new = {'params': params, 'batch_stats': batch_stats}
+      ema = optax.incremental_update(new, ema, 1 - ema_decay)
+    window = state.window.merge(
+      TrainMetrics.single_from_model_output(
+        loss=loss,
+        correct=top1,
+        gradient_norm=optax.tree.norm(grads),
+        update_norm=optax.tree.norm(updates),
+        parameter_norm=optax.tree.norm(params),
+        learning_rate=schedule(state.step),
+      )
+    )
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, window)
+    return state, loss
+
+  return train_step
