@@ -78,19 +78,21 @@ def mix(
   else:
     cutmix_prob = float(cutmix_alpha > 0)
   # What is drawn for the one that is off is never used: any alpha will do.
-  mixup_table, cutmix_table = _beta_quantiles(mixup_alpha or 1), _beta_quantiles(cutmix_alpha or 1)
+  mixup_table, cutmix_table = _beta_table(mixup_alpha or 1), _beta_table(cutmix_alpha or 1)
 
   def mix_group(key, images, targets):
-    key_apply, key_switch, key_lambda, key_box = jax.random.split(key, 4)
-    cutmix = jax.random.uniform(key_switch) < cutmix_prob
-    share = jnp.where(cutmix, _beta(key_lambda, cutmix_table), _beta(key_lambda, mixup_table))
-    outside = _outside_box(key_box, share, h, w)
+    apply, switch, rank, y, x = jax.random.uniform(key, (5,))
+    cutmix = switch < cutmix_prob
+    share = jnp.where(cutmix, _quantile(cutmix_table, rank), _quantile(mixup_table, rank))
+    outside = _outside_box(share, y, x, h, w)
     # How much of each pixel stays, and of the target: CutMix counts the true area of its box, which
     # is cut off at the border of the image.
     pixels = jnp.where(cutmix, outside, share)
     share = jnp.where(cutmix, outside.mean(), share)
-    applied = jax.random.uniform(key_apply) < prob
-    pixels, share = jnp.where(applied, pixels, 1.0)[..., None], jnp.where(applied, share, 1.0)
+    pixels, share = (
+      jnp.where(apply < prob, pixels, 1.0)[..., None],
+      jnp.where(apply < prob, share, 1.0),
+    )
     mixed = images * pixels + images[::-1] * (1 - pixels)
     return mixed.astype(images.dtype), targets * share + targets[::-1] * (1 - share)
 
@@ -100,39 +102,37 @@ def mix(
   return mixed_images.reshape(images.shape), mixed_targets.reshape(targets.shape)
 
 
-def _beta_quantiles(alpha: float) -> jax.Array:
-  """Returns float32 [4097]: the quantiles of Beta(alpha, alpha) at 0, 1/4096, ..., 1."""
+def _beta_table(alpha: float) -> jax.Array:
+  """Returns float32 [4097]: the quantiles of Beta(alpha, alpha) at 0, 1/4096, ..., 1.
+
+  Lambda is drawn from this table because jax.random.beta draws by rejection: under a mesh the
+  devices would have to agree, in every round of a loop, on whether all groups are done.
+  """
   return jnp.asarray(special.betaincinv(alpha, alpha, np.linspace(0, 1, 4097)), jnp.float32)
 
 
-def _beta(key: jax.Array, quantiles: jax.Array) -> jax.Array:
-  """Draws a float32 scalar from a distribution given by evenly spaced quantiles, linear between.
-
-  jax.random.beta draws by rejection: under a mesh the devices would have to agree, in every round
-  of a loop, on whether all groups are done.
-  """
-  place = jax.random.uniform(key) * (len(quantiles) - 1)
+def _quantile(table: jax.Array, rank: jax.Array) -> jax.Array:
+  """Returns the value at `rank`, in [0, 1), of evenly spaced quantiles, linear between them."""
+  place = rank * (len(table) - 1)
   below = place.astype(jnp.int32)
-  low, high = quantiles[below], quantiles[below + 1]
-  return low + (place - below) * (high - low)
+  return table[below] + (place - below) * (table[below + 1] - table[below])
 
 
-def _outside_box(key: jax.Array, share: jax.Array, h: int, w: int) -> jax.Array:
+def _outside_box(share: jax.Array, y: jax.Array, x: jax.Array, h: int, w: int) -> jax.Array:
   """Returns float32 [h, w], 0 in CutMix's box and 1 outside.
 
-  The box has sqrt(1 - share) of the image's height and width and its centre on any pixel alike.
+  The box has sqrt(1 - share) of the image's height and width; its centre is the pixel in which the
+  point (y, x) lies, given in [0, 1).
   """
-  key_y, key_x = jax.random.split(key)
   ratio = jnp.sqrt(1 - share)
 
-  def inside(key, length):
+  def inside(centre, length):
     # timm cuts the side to whole pixels and then halves it in whole pixels, so odd sides lose one.
     half = (length * ratio).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (), 0, length)
-    place = jnp.arange(length)
-    return (place >= centre - half) & (place < centre + half)
+    distance = jnp.arange(length) - (centre * length).astype(jnp.int32)
+    return (distance >= -half) & (distance < half)
 
-  return 1.0 - (inside(key_y, h)[:, None] & inside(key_x, w))
+  return 1.0 - (inside(y, h)[:, None] & inside(x, w))
 
 
 def random_erase(
@@ -167,20 +167,21 @@ def random_erase(
   b, h, w, _ = images.shape
 
   def erase(key, image):
-    key_apply, key_area, key_aspect, key_top, key_left, key_noise = jax.random.split(key, 6)
-    area = jax.random.uniform(key_area, (tries,), minval=min_area, maxval=max_area) * h * w
-    log_aspect = jax.random.uniform(key_aspect, (tries,), minval=-1.0) * math.log(min_aspect)
-    aspect = jnp.exp(log_aspect)
+    key_size, key_place, key_noise = jax.random.split(key, 3)
+    area, log_aspect = jax.random.uniform(key_size, (2, tries))
+    area = (min_area + area * (max_area - min_area)) * h * w
+    aspect = jnp.exp((2 * log_aspect - 1) * math.log(min_aspect))
     heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     fits = (heights < h) & (widths < w)
     first = jnp.argmax(fits)
     height, width = heights[first], widths[first]
-    top = jax.random.randint(key_top, (), 0, h - height + 1)
-    left = jax.random.randint(key_left, (), 0, w - width + 1)
+    apply, top, left = jax.random.uniform(key_place, (3,))
+    top = (top * (h - height + 1)).astype(jnp.int32)
+    left = (left * (w - width + 1)).astype(jnp.int32)
     y, x = jnp.arange(h)[:, None], jnp.arange(w)
     box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    box &= fits[first] & (jax.random.uniform(key_apply) < prob)
+    box &= fits[first] & (apply < prob)
     noise = jax.random.normal(key_noise, image.shape, image.dtype)
     return jnp.where(box[..., None], noise, image)
 

@@ -196,14 +196,15 @@ def train_batch(
 
 def _augment(key: jax.Array, image: jax.Array, augment: Augment) -> jax.Array:
   """Augments one image, uint8 [h, w, 3]."""
-  key_crop, key_flip, key_trivial = jax.random.split(key, 3)
-  if augment.crop_padding:
-    p = augment.crop_padding
+  key_crop, key_trivial = jax.random.split(key)
+  p = augment.crop_padding
+  limits = jnp.array([2 * p + 1, 2 * p + 1, 2])
+  top, left, mirrored = jax.random.randint(key_crop, (3,), 0, limits)
+  if p:
     padded = jnp.pad(image, ((p, p), (p, p), (0, 0)))
-    top, left = jax.random.randint(key_crop, (2,), 0, 2 * p + 1)
     image = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
   if augment.flip:
-    image = jnp.where(jax.random.bernoulli(key_flip), image[:, ::-1], image)
+    image = jnp.where(mirrored, image[:, ::-1], image)
   if augment.trivial_augment:
     image = trivial_augment.trivial_augment(key_trivial, image)
   return image

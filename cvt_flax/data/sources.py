@@ -18,6 +18,7 @@ import sys
 import tarfile
 import typing
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -292,22 +293,30 @@ def _load_npz(file: str) -> Dataset:
       pairs[split] = _checked_arrays(path, x_key, arrays[x_key], y_key, arrays[y_key])
   if not pairs:
     raise UserError(f'{path} holds no images; wanted are x_train, y_train, x_test and y_test')
-  if 'class_names' in arrays:
-    class_names = tuple(str(name) for name in arrays['class_names'])
-  else:
-    classes = 1 + max(int(y.max()) for _, y in pairs.values())
-    images = sum(len(y) for _, y in pairs.values())
-    if classes > images:
-      raise UserError(f'{path}: labels go up to {classes - 1}, but there are only {images} '
-                      'images; number the classes from 0, or give class_names')
-    class_names = tuple(str(i) for i in range(classes))
+  labels = np.concatenate([y for _, y in pairs.values()])
+  class_names = _npz_class_names(path, arrays.get('class_names'), labels)
   name = pathlib.Path(path).stem
   splits = {}
   for split, (x, y) in pairs.items():
-    for i in np.flatnonzero((y < 0) | (y >= len(class_names)))[:1]:
-      raise _wrong_label(f'{path}: {_NPZ_KEYS[split][1]}[{i}]', y[i], len(class_names))
+    wrong = np.flatnonzero((y < 0) | (y >= len(class_names)))
+    if wrong.size:
+      raise _wrong_label(
+          f'{path}: {_NPZ_KEYS[split][1]}[{wrong[0]}]', y[wrong[0]], len(class_names))
     splits[split] = ArraySplit(f'{name} {split}', x, y.astype(np.int32))
   return Dataset(name, class_names, **splits)
+
+
+def _npz_class_names(path: str, names: np.ndarray | None, labels: np.ndarray) -> tuple[str, ...]:
+  """Returns the names given, or else the numbers from 0 to the highest label."""
+  if names is None:
+    if labels.max() >= len(labels):
+      raise UserError(f'{path}: labels go up to {labels.max()}, but there are only {len(labels)} '
+                      'images; number the classes from 0, or give class_names')
+    return tuple(str(i) for i in range(int(labels.max()) + 1))
+  if names.ndim != 1 or names.dtype.kind != 'U':
+    raise UserError(f'{path}: class_names is {names.dtype} {list(names.shape)}, but must be '
+                    'strings [K]')
+  return tuple(names.tolist())
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
@@ -316,8 +325,8 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
       return {key: file[key] for key in file.files}
   except OSError as error:
     raise UserError(f'cannot read {path}: {error.strerror or error}') from error
-  except (AttributeError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f'{path} is not an .npz file of plain arrays: {error}') from error
+  except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise UserError(f'{path} is not an .npz file of plain arrays (no objects)') from error
 
 
 def _checked_arrays(path, x_key, x, y_key, y) -> tuple[np.ndarray, np.ndarray]:
@@ -373,19 +382,19 @@ def _load_folder(directory: str) -> Dataset:
 
 
 def _list_folder(root: str) -> Dataset:
-  splits = _split_folders(root)
-  class_names, first = None, None
-  for split, path in splits.items():
-    names = _subfolders(path)
-    if not names:
-      raise UserError(f'no class folders in {path}; looked for {_FOLDER_FORMS}')
-    if class_names is None:
-      class_names, first = names, path
-    for name in sorted(set(class_names) ^ set(names))[:1]:
-      has, lacks = (path, first) if name in names else (first, path)
+  folders = _split_folders(root)
+  first, *others = folders.values()
+  class_names = _subfolders(first)
+  if not class_names:
+    raise UserError(f'no class folders in {first}; looked for {_FOLDER_FORMS}')
+  for other in others:
+    names = _subfolders(other)
+    for name in sorted(set(class_names) ^ set(names)):
+      has, lacks = (other, first) if name in names else (first, other)
       raise UserError(f'{lacks} has no class {name!r}, but {has} has; all splits have the same '
                       'class folders (they may be empty in validation and test)')
-    splits[split] = _list_split(path, names, may_lack=path != first)
+  splits = {split: _list_split(path, class_names, may_lack=path != first)
+            for split, path in folders.items()}
   return Dataset(os.path.basename(os.path.abspath(root)), tuple(class_names), **splits)
 
 
@@ -481,7 +490,7 @@ class TfdsSplit(Split):
 
   def has_labels(self) -> bool:
     """False for the test split of a contest, whose labels are all -1."""
-    return self._fetch(self.records.__getitem__, 0)['label'] != -1
+    return len(self) > 0 and self._fetch(self.records.__getitem__, 0)['label'] != -1
 
   def _fetch(self, fetch, where):
     try:
@@ -505,7 +514,8 @@ def _load_tfds(name: str, data_dir: str) -> Dataset:
   builder = _tfds_builder(name, root)
   if not (builder.data_path / 'dataset_info.json').exists():
     if builder.name not in ('cifar10', 'cifar100'):
-      raise UserError(f'tfds:{name} is not prepared in {root}; {_how_to_prepare(builder, root)}')
+      raise UserError(f'tfds:{name} is not prepared in {root}; '
+                      f'{_how_to_prepare(builder, name, root)}')
     _prepare_cifar(builder, root)
   # From its files, not its code: only so does TFDS see formats that were added later.
   builder = tfds.builder_from_directory(builder.data_dir)
@@ -524,10 +534,11 @@ def _load_tfds(name: str, data_dir: str) -> Dataset:
   class_names = tuple(features['label'].names)
   splits = {}
   for split, aliases in SPLIT_NAMES.items():
-    for alias in [a for a in aliases if a in builder.info.splits][:1]:
+    name_there = next((alias for alias in aliases if alias in builder.info.splits), None)
+    if name_there:
       records = builder.as_data_source(
-          split=alias, decoders={'image': tfds.decode.SkipDecoding()})
-      splits[split] = TfdsSplit(f'{builder.name} {alias}', records, len(class_names))
+          split=name_there, decoders={'image': tfds.decode.SkipDecoding()})
+      splits[split] = TfdsSplit(f'{builder.name} {name_there}', records, len(class_names))
   if 'test' in splits and not splits['test'].has_labels():
     del splits['test']
   if not splits:
@@ -550,16 +561,16 @@ def _tfds_builder(name: str, root: str):
     return tfds.builder(name, data_dir=root)
   except (ValueError, AssertionError) as error:
     if base in known:
-      reason = str(error).splitlines()[0]
+      reason = str(error).splitlines()[0].rpartition('}": ')[2]  # after the call it quotes
       raise UserError(f'TFDS cannot open {name!r}: {reason}') from error
     raise UserError(f'unknown TFDS data set {base!r} (all: https://www.tensorflow.org/datasets/'
                     f'catalog/overview){nearest(base.lower(), known)}') from error
 
 
-def _how_to_prepare(builder, root: str) -> str:
+def _how_to_prepare(builder, name: str, root: str) -> str:
   """Returns the commands that prepare a data set which TFDS cannot prepare without TensorFlow."""
   place = shlex.quote(root)
-  build = (f'{_TFDS_ENVIRONMENT} build {builder.name} --file_format=array_record '
+  build = (f'{_TFDS_ENVIRONMENT} build {name} --file_format=array_record '
            f'--data_dir={place}')
   if builder.name == 'imagenet2012':
     return ('put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from '
@@ -583,7 +594,7 @@ def _prepare_cifar(builder, root: str) -> None:
   archive = os.path.basename(url)
   downloads = pathlib.Path(root) / 'downloads'
   print(f'Preparing {builder.name} in {builder.data_dir}: {builder.url_infos[url].size} from '
-        f'{url}, once', flush=True)
+        f'{url} (once)', flush=True)
   builder._split_generators = functools.partial(_cifar_splits, builder)
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()

@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cvt_flax.errors import Diverged, Interrupted, UserError
@@ -33,6 +33,7 @@ def _main(argv):
   del argv
   from cvt_flax.training.loop import run  # after the flags, so that a wrong one is told at once
 
+  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
   run(CONFIG.value, WORKDIR.value, MODE.value)
 
 
