@@ -1,6 +1,11 @@
-"""Trains a CvT: python train.py --config=configs/digits.py [--workdir=DIR] [--config.KEY=VALUE ...]"""
+"""Trains and evaluates a CvT; `python train.py --help` explains."""
 
-from cvt_flax.training.command import main
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (this is the place that tells a person so)
+  sys.exit(f'train.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}')
+
+from cvt_flax.training.command import main  # noqa: E402  (older Pythons cannot parse it)
 
 if __name__ == '__main__':
   main()

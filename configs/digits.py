@@ -1,6 +1,6 @@
 """CvT on scikit-learn's 8x8 handwritten digits: a first run, without any download.
 
-  python train.py --config=configs/digits.py
+python train.py --config=configs/digits.py
 """
 
 from cvt_flax.training.config import get_config as defaults

@@ -227,7 +227,7 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
   quotas[np.argsort(-fractions, kind='stable')[:missing]] += 1
   rank = np.random.default_rng((seed, Stream.HOLDOUT)).random(len(labels))
   chosen = []
-  for cls, quota in zip(classes, quotas):
+  for cls, quota in zip(classes, quotas, strict=True):
     members = np.flatnonzero(labels == cls)
     chosen.append(members[np.argsort(rank[members])[:quota]])
   return np.sort(np.concatenate(chosen)).astype(np.int32)
@@ -321,8 +321,8 @@ def _npz_class_names(path: str, names: np.ndarray | None, labels: np.ndarray) ->
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return {key: file[key] for key in file.files}
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
+      return dict(arrays)
   except OSError as error:
     raise UserError(f'cannot read {path}: {error.strerror or error}') from error
   except (TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -401,7 +401,7 @@ def _list_folder(root: str) -> Dataset:
 def _list_split(path: str, class_names: Sequence[str], may_lack: bool) -> FolderSplit:
   """Lists one split; unless `may_lack`, each class has an image."""
   files = [_images_below(os.path.join(path, name)) for name in class_names]
-  empty = [name for name, found in zip(class_names, files) if not found]
+  empty = [name for name, found in zip(class_names, files, strict=True) if not found]
   if len(empty) == len(files) or empty and not may_lack:
     raise UserError(f'no images in {os.path.join(path, empty[0])}; looked for '
                     f'{" ".join(IMAGE_EXTENSIONS)}, there and in the folders below it')
@@ -483,7 +483,7 @@ class TfdsSplit(Split):
 
   def __getitems__(self, indices: Sequence[int]) -> list[Example]:
     records = self._fetch(self.records.__getitems__, indices)
-    return [self._example(i, record) for i, record in zip(indices, records)]
+    return [self._example(i, record) for i, record in zip(indices, records, strict=True)]
 
   def _read(self, index: int) -> Example:
     return self._example(index, self._fetch(self.records.__getitem__, index))
@@ -529,8 +529,9 @@ def _load_tfds(name: str, data_dir: str) -> Dataset:
   features = dict(builder.info.features.items())
   if not (isinstance(features.get('image'), tfds.features.Image)
           and isinstance(features.get('label'), tfds.features.ClassLabel)):
-    raise UserError(f"tfds:{name} is not made of an 'image' and one 'label' each; it has "
-                    f'{", ".join(features)}')
+    found = ', '.join(sorted(f'{key} ({type(f).__name__})' for key, f in features.items()))
+    raise UserError(f'tfds:{name} is not made of image (Image) and label (ClassLabel); it has '
+                    f'{found}')
   class_names = tuple(features['label'].names)
   splits = {}
   for split, aliases in SPLIT_NAMES.items():
@@ -635,7 +636,7 @@ def _cifar_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
   with tarfile.open(downloads.download(info.url)) as archive:
     files = {member.name: archive.extractfile(member).read()
              for member in archive if member.isfile()}
-  for key, file in zip(info.label_keys, info.label_files):
+  for key, file in zip(info.label_keys, info.label_files, strict=True):
     builder.info.features[key].names = files[info.prefix + file].decode().split()
   return {
       split: _cifar_examples(split, [files[info.prefix + n] for n in names], info.label_keys)
@@ -652,4 +653,4 @@ def _cifar_examples(split: str, files: Sequence[bytes], label_keys: Sequence[str
     png.seek(0)
     yield index, {
         'id': f'{split}_{index:05d}', 'image': png,
-        **{key: int(label) for key, label in zip(label_keys, labels)}}
+        **{key: int(label) for key, label in zip(label_keys, labels, strict=True)}}

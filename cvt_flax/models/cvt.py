@@ -110,8 +110,10 @@ class Attention(nn.Module):
       )(tokens)
       return rearrange(y, 'b n (h d) -> b n h d', h=o.num_heads)
 
-    q = convolve('q', o.q_stride) if o.projection == 'dw_bn' else jnp.concatenate(
-      [cls, rearrange(x, 'b h w c -> b (h w) c')], axis=1
+    q = (
+      convolve('q', o.q_stride)
+      if o.projection == 'dw_bn'
+      else jnp.concatenate([cls, rearrange(x, 'b h w c -> b (h w) c')], axis=1)
     )
     if o.shared_kv:
       k = v = convolve('kv', o.kv_stride)
@@ -143,9 +145,7 @@ class Mlp(nn.Module):
     o = self.options
 
     def dense(features, name):
-      return nn.Dense(
-        features, o.mlp_bias, dtype=self.dtype, kernel_init=dense_init, name=name
-      )
+      return nn.Dense(features, o.mlp_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
 
     dropout = nn.Dropout(o.drop_rate, deterministic=not train)
     x = dropout(ACTIVATIONS[o.activation](dense(o.mlp_dim, 'fc1')(x)))

@@ -151,6 +151,11 @@ def resolve(model: CvT) -> list[StageOptions]:
       f'q_strides={tuple(columns["q_stride"])}: only 1 fits, attention is added to its input '
       'token by token'
     )
+  if projection == 'dw_bn' and any(kernel % 2 == 0 for kernel in columns['qkv_kernel']):
+    raise ValueError(
+      f'qkv_kernels={tuple(columns["qkv_kernel"])}: only odd ones fit, an even one with padding '
+      'kernel // 2 makes the map of queries larger than that of the tokens'
+    )
   if pool == 'cls' and not columns['cls_token'][-1]:
     raise ValueError(
       f"pool='cls' reads the last stage's class token, but cls_token={model.cls_token!r}: give "

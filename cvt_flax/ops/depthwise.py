@@ -109,7 +109,9 @@ def shifted_gradient(x, kernel, g, *, stride, padding):
     for i, j in itertools.product(range(size), repeat=2)
   ]
   zeros = [jnp.zeros((), jnp.float32)] * len(products)
-  taps = lax.reduce(products, zeros, lambda a, b: [m + n for m, n in zip(a, b, strict=True)], (0, 1, 2))
+  taps = lax.reduce(
+    products, zeros, lambda a, b: [m + n for m, n in zip(a, b, strict=True)], (0, 1, 2)
+  )
   return dx, jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
 
 

@@ -54,9 +54,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       self._manager.wait_until_finished()
       self._manager.delete(step)
-    items = {
-      name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()
-    }
+    items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
     metrics = None if val_top1 is None else {_BEST: val_top1}
     self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
@@ -67,9 +65,7 @@ class Checkpoints:
       step: one of the saved steps.
       abstract: jax.ShapeDtypeStructs with the shardings that are wanted.
     """
-    items = {
-      name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()
-    }
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
     restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return abstract.replace(
       step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),

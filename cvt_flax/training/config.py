@@ -53,8 +53,12 @@ class ModelConfig:
   """The network. Apart from its name, precision and groups, '' and () keep the named model's."""
 
   name: str = key('cvt-13', 'a name of cvt_flax.list_models()')
-  dtype: str = key('float32', 'of the computation; parameters are float32', allowed=('float32', 'bfloat16'))
-  bn_group_size: int = key(0, 'images a batch norm takes its statistics over; 0: the whole batch', low=0)
+  dtype: str = key(
+    'float32', 'of the computation; parameters are float32', allowed=('float32', 'bfloat16')
+  )
+  bn_group_size: int = key(
+    0, 'images a batch norm takes its statistics over; 0: the whole batch', low=0
+  )
   embed_dims: tuple[int, ...] = key((), 'channels of every stage', low=1)
   depths: tuple[int, ...] = key((), 'blocks of every stage', low=1)
   num_heads: tuple[int, ...] = key((), 'attention heads of every stage', low=1)
@@ -67,7 +71,9 @@ class ModelConfig:
   pool: str = key('', "'cls' or 'mean'", allowed=('', 'cls', 'mean'))
   drop_rates: tuple[float, ...] = key((), 'dropout of every stage', low=0.0)
   attn_drop_rates: tuple[float, ...] = key((), 'attention dropout of every stage', low=0.0)
-  drop_path_rates: tuple[float, ...] = key((), 'drop path of the last block of every stage', low=0.0)
+  drop_path_rates: tuple[float, ...] = key(
+    (), 'drop path of the last block of every stage', low=0.0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +81,41 @@ class OptimizerConfig:
   """The optimizer, its schedule, and what happens to gradients and parameters around it."""
 
   name: str = key('adamw', 'optimizer', allowed=('adamw', 'adam', 'sgd', 'rmsprop'))
-  weight_decay: float = key(0.05, 'decoupled for adamw, added to the gradient for the others', low=0.0)
-  beta1: float = key(0.9, 'decay of the first moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam'))
-  beta2: float = key(0.999, 'decay of the second moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam'))
-  epsilon: float = key(1e-8, 'added to the denominator', low=0.0, used=_optimizer_is('adamw', 'adam', 'rmsprop'))
-  momentum: float = key(0.9, 'decay of the velocity', low=0.0, high=1.0, used=_optimizer_is('sgd', 'rmsprop'))
+  weight_decay: float = key(
+    0.05, 'decoupled for adamw, added to the gradient for the others', low=0.0
+  )
+  beta1: float = key(
+    0.9, 'decay of the first moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam')
+  )
+  beta2: float = key(
+    0.999, 'decay of the second moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam')
+  )
+  epsilon: float = key(
+    1e-8, 'added to the denominator', low=0.0, used=_optimizer_is('adamw', 'adam', 'rmsprop')
+  )
+  momentum: float = key(
+    0.9, 'decay of the velocity', low=0.0, high=1.0, used=_optimizer_is('sgd', 'rmsprop')
+  )
   nesterov: bool = key(False, "Nesterov's momentum", used=_optimizer_is('sgd'))
-  rms_decay: float = key(0.99, 'decay of the squared gradient', low=0.0, high=1.0, used=_optimizer_is('rmsprop'))
+  rms_decay: float = key(
+    0.99, 'decay of the squared gradient', low=0.0, high=1.0, used=_optimizer_is('rmsprop')
+  )
   schedule: str = key('cosine', 'of the learning rate', allowed=('cosine', 'constant', 'multistep'))
   schedule_per: str = key('step', 'how often the learning rate moves', allowed=('step', 'epoch'))
   warmup_epochs: float = key(0.0, 'epochs of linear warm-up', low=0.0)
   warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=_WARMUP)
   min_learning_rate: float = key(0.0, 'where the cosine ends', low=0.0, used=_schedule_is('cosine'))
-  milestones: tuple[float, ...] = key((), 'epochs at which the rate is multiplied by gamma', low=0.0, used=_schedule_is('multistep'))
+  milestones: tuple[float, ...] = key(
+    (), 'epochs at which the rate is multiplied by gamma', low=0.0, used=_schedule_is('multistep')
+  )
   gamma: float = key(0.1, 'what milestones multiply by', low=0.0, used=_schedule_is('multistep'))
-  reference_batch: int = key(0, 'learning_rate holds at this batch size and scales with it; 0: no scaling', low=0)
-  clip_norm: float = key(0.0, "largest global norm of the gradient; 0: no clipping", low=0.0)
-  ema_decay: float = key(0.0, 'of the averaged parameters and statistics; 0: none are kept', low=0.0, high=1.0)
+  reference_batch: int = key(
+    0, 'learning_rate holds at this batch size and scales with it; 0: no scaling', low=0
+  )
+  clip_norm: float = key(0.0, 'largest global norm of the gradient; 0: no clipping', low=0.0)
+  ema_decay: float = key(
+    0.0, 'of the averaged parameters and statistics; 0: none are kept', low=0.0, high=1.0
+  )
   accumulate_steps: int = key(1, 'microbatches a step is computed in', low=1)
 
 
@@ -104,9 +128,15 @@ class AugmentConfig:
   trivial_augment: bool = key(False, 'TrivialAugmentWide: one random operation an image')
   mixup: float = key(0.0, 'alpha of Mixup; 0: off', low=0.0)
   cutmix: float = key(0.0, 'alpha of CutMix; 0: off', low=0.0)
-  mix_prob: float = key(1.0, 'probability of mixing a group of images', low=0.0, high=1.0, used=_MIXING)
-  switch_prob: float = key(0.5, 'probability of CutMix when both are on', low=0.0, high=1.0, used=_BOTH_MIXINGS)
-  label_smoothing: float = key(0.0, 'share of the target spread over all classes', low=0.0, high=1.0)
+  mix_prob: float = key(
+    1.0, 'probability of mixing a group of images', low=0.0, high=1.0, used=_MIXING
+  )
+  switch_prob: float = key(
+    0.5, 'probability of CutMix when both are on', low=0.0, high=1.0, used=_BOTH_MIXINGS
+  )
+  label_smoothing: float = key(
+    0.0, 'share of the target spread over all classes', low=0.0, high=1.0
+  )
   erase_prob: float = key(0.0, 'probability of random erasing, an image', low=0.0, high=1.0)
 
 
@@ -116,7 +146,12 @@ class EvalConfig:
 
   every_epochs: int = key(1, 'epochs between two evaluations of the validation split', low=1)
   batch_size: int = key(0, 'global; 0: batch_size', low=0)
-  holdout: float = key(0.1, 'share of train held out (at most 5,000 images) where a source has no validation split; 0: none', low=0.0, high=0.5)
+  holdout: float = key(
+    0.1,
+    'share of train held out (at most 5,000 images) where a source has no validation split; 0: none',
+    low=0.0,
+    high=0.5,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +180,15 @@ class TrainConfig:
   skip_unreadable: bool = key(False, 'leave out images that cannot be decoded, and count them')
   image_size: int = key(224, 'height and width, in pixels', low=1)
   crop_ratio: float = key(1.0, 'centre share of the resized image that is kept', low=0.1, high=1.0)
-  mean: tuple[float, ...] = key((0.485, 0.456, 0.406), 'of the pixels, 0 to 1, a channel', low=0.0, high=1.0)
+  mean: tuple[float, ...] = key(
+    (0.485, 0.456, 0.406), 'of the pixels, 0 to 1, a channel', low=0.0, high=1.0
+  )
   std: tuple[float, ...] = key((0.229, 0.224, 0.225), 'of the pixels, 0 to 1, a channel', low=1e-6)
   batch_size: int = key(128, 'images a step, over all devices', low=1)
   epochs: int = key(10, 'passes over the training images', low=1)
-  learning_rate: float = key(1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0)
+  learning_rate: float = key(
+    1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0
+  )
   log_every: int = key(50, 'steps between two lines of training metrics', low=1)
   tensorboard: bool = key(True, 'write TensorBoard events')
   closing_note: str = key('', 'printed when the run is finished')
@@ -199,9 +238,7 @@ def freeze(config: ml_collections.ConfigDict | dict) -> TrainConfig:
   for name, field, _ in keys():
     used = field.metadata['used']
     if used and _get(frozen, name) != field.default and not used[0](frozen):
-      raise UserError(
-        f'{name}={_get(frozen, name)!r} has no effect: it is used when {used[1]}'
-      )
+      raise UserError(f'{name}={_get(frozen, name)!r} has no effect: it is used when {used[1]}')
   for check in _CHECKS:
     check(frozen)
   return frozen
@@ -261,7 +298,9 @@ def _check_value(name, field, value):
   allowed, low, high = (field.metadata[k] for k in ('allowed', 'low', 'high'))
   if allowed and value not in allowed:
     words = [repr(a) for a in allowed if a != '']
-    raise UserError(f'{name}={value!r}: one of {", ".join(words)} is needed{nearest(value, allowed)}')
+    raise UserError(
+      f'{name}={value!r}: one of {", ".join(words)} is needed{nearest(value, allowed)}'
+    )
   for number in value if isinstance(value, tuple) else (value,):
     if isinstance(number, float) and number != number:
       raise UserError(f'{name}={value!r}: a number is needed')
@@ -288,7 +327,8 @@ def _check_channels(c: TrainConfig):
 def _check_warmup(c: TrainConfig):
   if c.optimizer.warmup_epochs >= c.epochs:
     raise UserError(
-      f'optimizer.warmup_epochs={c.optimizer.warmup_epochs}: fewer than epochs={c.epochs} are needed'
+      f'optimizer.warmup_epochs={c.optimizer.warmup_epochs}: fewer than the {c.epochs} epochs of '
+      'the run are needed'
     )
 
 

@@ -70,17 +70,17 @@ def _write(path, value):
   os.replace(temporary, path)
 
 
-def check_same(
-  folder: pathlib.Path, saved: Experiment, now: Experiment, evaluation: bool = False
+def check_config(
+  folder: pathlib.Path, saved: TrainConfig, now: TrainConfig, evaluation: bool
 ) -> None:
-  """Checks that a run folder can be gone on with.
+  """Checks that the run in a folder can be gone on with, or evaluated, under a config.
 
   Raises:
-    UserError: when it holds a run of another config, or one of other classes.
+    UserError: when it is the run of another config.
   """
   changed = {
     name: pair
-    for name, pair in differences(saved.config, now.config).items()
+    for name, pair in differences(saved, now).items()
     if name not in _FREE
     and not name.startswith(_FREE_GROUPS)
     and not (evaluation and name in _FREE_IN_EVALUATION)
@@ -91,16 +91,20 @@ def check_same(
       f'{folder} holds a run of another config ({words}): give another --workdir, or the config '
       'that it was started with'
     )
-  if now.config.epochs < saved.config.epochs and not evaluation:
+  if now.epochs < saved.epochs and not evaluation:
     raise UserError(
-      f'epochs={now.config.epochs}: the run in {folder} was started with {saved.config.epochs}, '
-      'which can only be raised'
+      f'epochs={now.epochs}: the run in {folder} was started with {saved.epochs}, which can only '
+      'be raised'
     )
+
+
+def check_classes(folder: pathlib.Path, saved: Experiment, now: Experiment) -> None:
+  """Raises a UserError when the data's classes are not those that the run was trained on."""
   if now.class_names != saved.class_names:
     raise UserError(
       f'{now.config.source} has {len(now.class_names)} classes ({_few(now.class_names)}), the '
       f'checkpoint in {folder} was trained on {len(saved.class_names)} '
-      f'({_few(saved.class_names)}): the same classes are needed'
+      f'({_few(saved.class_names)}): the same classes in the same order are needed'
     )
 
 

@@ -2,30 +2,21 @@
 
 import collections
 import contextlib
-import dataclasses
 import math
 import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-from clu import parameter_overview
 
-from cvt_flax.data import resident, sources
 from cvt_flax.errors import Diverged, Interrupted, UserError
-from cvt_flax.models.cvt import CvT
-from cvt_flax.models.geometry import multiply_adds, stage_geometry
-from cvt_flax.models.zoo import create_model
-from cvt_flax.training import experiment, hardware, sharding
+from cvt_flax.training import experiment
 from cvt_flax.training.checkpoint import Checkpoints
-from cvt_flax.training.config import ModelConfig, TrainConfig, freeze
-from cvt_flax.training.evaluate import evaluate, make_eval_step
+from cvt_flax.training.config import freeze
 from cvt_flax.training.metrics import MetricWriter, read_metrics
-from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
-from cvt_flax.training.progress import Progress
+from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.signals import Signals
-from cvt_flax.training.step import TrainMetrics, TrainState, init_state, make_train_step
+from cvt_flax.training.step import TrainMetrics
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a loss
 # that is not finite stops the run at once.
@@ -64,194 +55,8 @@ def run(
       raise UserError(f'mode={mode!r}: train or eval is needed')
 
 
-def build_model(config: ModelConfig, num_classes: int) -> CvT:
-  """Returns the configured model; what the config leaves empty is the named model's."""
-  attributes = dataclasses.asdict(config)
-  name, dtype = attributes.pop('name'), attributes.pop('dtype')
-  given = {k: v for k, v in attributes.items() if v not in ('', (), 0)}
-  try:
-    return create_model(name, num_classes, dtype=jnp.dtype(dtype), **given)
-  except ValueError as e:
-    raise UserError(f'model: {e}') from e
-
-
-def _check_attention(model: CvT, image_size: int):
-  """Refuses to train a model with a stage whose attention sees a single key."""
-  for s, stage in enumerate(stage_geometry(model, image_size, image_size)):
-    if not stage.height:
-      raise UserError(f'image_size={image_size}: too small, stage {s} of the model has no pixel')
-    if stage.keys == 1:
-      raise UserError(
-        f'image_size={image_size} leaves stage {s} of the model a single key, so its attention '
-        'does nothing: set model.kv_strides to 1 there, smaller model.patch_strides, or larger '
-        'images'
-      )
-
-
-class _Context:
-  """What training and evaluating a run have in common: mesh, data, model, jitted evaluation."""
-
-  def __init__(self, config: TrainConfig, folder: pathlib.Path, evaluation: bool):
-    self.config, self.folder = config, folder
-    self.mesh = sharding.make_mesh(config.mesh.data)
-    self.replicated = sharding.replicated(self.mesh)
-    self.eval_batch_size = config.eval.batch_size or config.batch_size
-    sharding.check_batch('batch_size', config.batch_size, self.mesh)
-    if config.eval.batch_size:
-      sharding.check_batch('eval.batch_size', config.eval.batch_size, self.mesh)
-    print(f'jax {jax.__version__} on {self.mesh.size} x {jax.devices()[0].device_kind}')
-    if warning := hardware.unused_accelerator():
-      print(warning)
-
-    saved = experiment.read(folder)
-    if evaluation and not saved:
-      raise UserError(f'{folder} holds no run to evaluate')
-    if not saved and folder.exists() and any(folder.iterdir()):
-      raise UserError(f'{folder} is not empty and holds no run: give another --workdir')
-    self.dataset = sources.load(
-      config.source, data_dir=config.data_dir, holdout=config.eval.holdout, seed=config.seed
-    )
-    self.experiment = experiment.Experiment(config, self.dataset.class_names)
-    if saved:
-      experiment.check_same(folder, saved, self.experiment, evaluation)
-    self.model = build_model(config.model, len(self.dataset.class_names))
-
-    eval_step = make_eval_step(self.model, config.mean, config.std)
-
-    def eval_at(variables, arrays, position):
-      batch = resident.eval_batch(arrays, position, batch_size=self.eval_batch_size)
-      return eval_step(variables, self._split(batch))
-
-    self._eval_at = jax.jit(eval_at, out_shardings=self.replicated)
-
-  def _split(self, batch):
-    return jax.lax.with_sharding_constraint(batch, sharding.split_batch(self.mesh))
-
-  def read(self, split: sources.Split) -> resident.Arrays:
-    """Returns a split, decoded, on every device."""
-    arrays, skipped = resident.read_arrays(
-      split,
-      self.config.image_size,
-      crop_ratio=self.config.crop_ratio,
-      skip_unreadable=self.config.skip_unreadable,
-    )
-    if skipped:
-      print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
-    return jax.device_put(arrays, self.replicated)
-
-  def evaluate(self, variables: dict, arrays: resident.Arrays, signals: Signals) -> dict | None:
-    """Returns the metrics of a split; None when a signal came in between."""
-
-    def batches():
-      for position in range(math.ceil(len(arrays.label) / self.eval_batch_size)):
-        if signals.received:
-          return
-        yield self._eval_at(variables, arrays, position)
-
-    metrics = evaluate(batches())
-    return None if signals.received else metrics
-
-
-  def restore_best(self, checkpoints: Checkpoints) -> dict:
-    """Returns the variables of the best checkpoint, averaged where averages are kept."""
-    size = self.config.image_size
-    shapes = jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), shapes
-    )
-    averaged = bool(self.config.optimizer.ema_decay)
-    return checkpoints.restore_variables(checkpoints.best_step(), abstract, averaged)
-
-
-class _Training(_Context):
-  """A training run: its jitted step, its state, and what is done between steps."""
-
-  def __init__(self, config: TrainConfig, folder: pathlib.Path):
-    super().__init__(config, folder, evaluation=False)
-    train = self.dataset.train
-    if train is None:
-      raise UserError(f'{config.source} has no training split')
-    _check_attention(self.model, config.image_size)
-    self.train_arrays = self.read(train)
-    images = len(self.train_arrays.label)
-    self.steps_per_epoch = images // config.batch_size
-    if not self.steps_per_epoch:
-      raise UserError(f'batch_size={config.batch_size}: {config.source} has only {images} images')
-    self.total_steps = self.steps_per_epoch * config.epochs
-    self.val_arrays = self.read(self.dataset.validation) if self.dataset.validation else None
-
-    c = config.optimizer
-    peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
-    schedule = make_schedule(c, peak, config.epochs, self.steps_per_epoch)
-    tx = make_optimizer(c, schedule)
-    train_step = make_train_step(
-      self.model,
-      tx,
-      schedule,
-      seed=config.seed,
-      mean=config.mean,
-      std=config.std,
-      augment=config.augment,
-      ema_decay=c.ema_decay,
-      accumulate_steps=c.accumulate_steps,
-    )
-    augment = resident.Augment(
-      config.augment.crop_padding, config.augment.flip, config.augment.trivial_augment
-    )
-
-    def train_at(state, arrays, order):
-      epoch, position = jnp.divmod(state.step, self.steps_per_epoch)
-      batch = resident.train_batch(
-        arrays,
-        order,
-        position,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        augment=augment,
-      )
-      return train_step(state, self._split(batch))
-
-    self.step = jax.jit(train_at, donate_argnums=0, out_shardings=self.replicated)
-    self.order = jax.jit(
-      lambda epoch: resident.epoch_order(config.seed, epoch, images),
-      out_shardings=self.replicated,
-    )
-    self.init = jax.jit(
-      lambda: init_state(self.model, tx, config.seed, config.image_size, bool(c.ema_decay)),
-      out_shardings=self.replicated,
-    )
-    self.progress = Progress(self.total_steps, self.steps_per_epoch, config.batch_size)
-
-  def describe(self, state: TrainState) -> None:
-    """Prints what is about to happen and writes the table of parameters."""
-    c, d = self.config, self.dataset
-    sizes = [
-      f'{0 if split is None else len(split):,} {name}'
-      for name, split in (('train', d.train), ('validation', d.validation), ('test', d.test))
-    ]
-    print(f'data {c.source}: {", ".join(sizes)} images, {len(d.class_names)} classes')
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    cost = multiply_adds(self.model, c.image_size, c.image_size)
-    print(
-      f'model {c.model.name}: {count:,} parameters, {cost / 1e6:,.1f} M multiply-adds an image of '
-      f'{c.image_size}x{c.image_size}'
-    )
-    print(f'run folder {self.folder}: {c.epochs} epochs of {self.steps_per_epoch} steps')
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    (self.folder / 'parameters.txt').write_text(overview + '\n')
-
-  def eval_is_due(self, step: int) -> bool:
-    epoch, rest = divmod(step, self.steps_per_epoch)
-    return (
-      self.val_arrays is not None
-      and not rest
-      and (epoch % self.config.eval.every_epochs == 0 or epoch == self.config.epochs)
-    )
-
-
 def _train(config, folder):
-  training = _Training(config, folder)
+  training = TrainingSetup(config, folder)
   folder.mkdir(parents=True, exist_ok=True)
   experiment.write(folder, training.experiment, training.dataset.held_out)
   with contextlib.ExitStack() as stack:
@@ -289,13 +94,25 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
       step, loss = pending.popleft()
       loss = float(loss)
       if not math.isfinite(loss):
-        last = checkpoints.latest_step()
-        kept = f'checkpoint {last} is kept' if last else 'there is no checkpoint yet'
-        raise Diverged(f'the loss is {loss} at step {step}: {kept} in {training.folder}')
+        raise Diverged(f'the loss is {loss} at step {step}: {kept()}')
       progress.step(step, loss)
+
+  def check_gradients(step):
+    """Looks at the gradients since the last line of metrics: one that is not finite shows there."""
+    norm = state.window.gradient_norm
+    if norm.count and not math.isfinite(float(norm.total)):
+      raise Diverged(f'a gradient is not finite at or before step {step}: {kept()}')
+
+  def kept():
+    last = checkpoints.latest_step()
+    words = (
+      'there is no checkpoint yet' if last is None else f'the checkpoint of step {last} is kept'
+    )
+    return f'{words} in {training.folder}'
 
   def write_window(step):
     """Writes the training metrics since the last such line; returns the state with none."""
+    check_gradients(step)
     window = jax.device_get(state.window).compute()
     values = {f'train/{name}': float(value) for name, value in window.items()}
     values['train/images_per_sec'] = progress.images_per_second()
@@ -304,9 +121,7 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
     return state.replace(window=jax.device_put(TrainMetrics.empty(), training.replicated))
 
   def save(step, val_top1=None):
-    norm = state.window.gradient_norm
-    if norm.count and not math.isfinite(float(norm.total)):
-      raise Diverged(f'a gradient before step {step} is not finite')
+    check_gradients(step)
     checkpoints.save(step, state, val_top1)
 
   def validate(step):
@@ -324,15 +139,16 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
     return True
 
   def interrupted(step):
-    save(step)
+    if checkpoints.latest_step() != step:
+      save(step)
     checkpoints.wait()
     return signals.interruption(step)
 
   # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
   recorded = read_metrics(training.folder / 'metrics.jsonl')[-1:]
-  if start and training.eval_is_due(start) and 'val/top1' not in recorded[0]:
-    if not validate(start):
-      raise interrupted(start)
+  evaluated = any('val/top1' in line for line in recorded)
+  if start and training.eval_is_due(start) and not evaluated and not validate(start):
+    raise interrupted(start)
 
   order = None
   for step in range(start, training.total_steps):
@@ -377,9 +193,7 @@ def _finish(training, checkpoints, writer, signals):
     values = next((m for m in lines if m['step'] == step and 'val/top1' in m), {})
     values = {name: value for name, value in values.items() if name.startswith('val/')}
   else:
-    metrics = training.evaluate(
-      training.restore_best(checkpoints), training.read(test), signals
-    )
+    metrics = training.evaluate(training.restore_best(checkpoints), training.read(test), signals)
     if metrics is None:
       raise signals.interruption(training.total_steps)
     values = {f'test/{name}': value for name, value in metrics.items()}
@@ -389,7 +203,7 @@ def _finish(training, checkpoints, writer, signals):
 
 
 def _evaluate_run(config, folder):
-  context = _Context(config, folder, evaluation=True)
+  context = Setup(config, folder, evaluation=True)
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(Signals())
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)

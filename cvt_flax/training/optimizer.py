@@ -51,7 +51,9 @@ def decayed(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
   """Returns the optimizer: clipping, weight decay, the update rule, the schedule.
 
   Weight decay is decoupled for adamw, and added to the gradient for the others, as in PyTorch.
@@ -59,7 +61,9 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
   c = config
   match c.name:
     case 'adamw':
-      rule = optax.adamw(schedule, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=decayed)
+      rule = optax.adamw(
+        schedule, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=decayed
+      )
     case 'adam':
       rule = optax.adam(schedule, c.beta1, c.beta2, c.epsilon)
     case 'sgd':

@@ -1,0 +1,210 @@
+"""What a run works with: mesh, data on the devices, model, jitted functions."""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+
+from cvt_flax.data import resident, sources
+from cvt_flax.errors import UserError
+from cvt_flax.models.cvt import CvT
+from cvt_flax.models.geometry import multiply_adds, stage_geometry
+from cvt_flax.models.zoo import create_model
+from cvt_flax.training import experiment, hardware, sharding
+from cvt_flax.training.checkpoint import Checkpoints
+from cvt_flax.training.config import ModelConfig, TrainConfig
+from cvt_flax.training.evaluate import evaluate, make_eval_step
+from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
+from cvt_flax.training.progress import Progress
+from cvt_flax.training.signals import Signals
+from cvt_flax.training.step import TrainState, init_state, make_train_step
+
+
+def build_model(config: ModelConfig, num_classes: int) -> CvT:
+  """Returns the configured model; what the config leaves empty is the named model's."""
+  attributes = dataclasses.asdict(config)
+  name, dtype = attributes.pop('name'), attributes.pop('dtype')
+  given = {k: v for k, v in attributes.items() if v not in ('', (), 0)}
+  try:
+    return create_model(name, num_classes, dtype=jnp.dtype(dtype), **given)
+  except ValueError as e:
+    raise UserError(f'model: {e}') from e
+
+
+def _check_attention(model: CvT, image_size: int):
+  """Refuses to train a model with a stage whose attention sees a single key."""
+  for s, stage in enumerate(stage_geometry(model, image_size, image_size)):
+    if not stage.height:
+      raise UserError(f'image_size={image_size}: too small, stage {s} of the model has no pixel')
+    if stage.keys == 1:
+      raise UserError(
+        f'image_size={image_size} leaves stage {s} of the model a single key, so its attention '
+        'does nothing: set model.kv_strides to 1 there, smaller model.patch_strides, or larger '
+        'images'
+      )
+
+
+class Setup:
+  """What training and evaluating a run have in common: mesh, data, model, jitted evaluation."""
+
+  def __init__(self, config: TrainConfig, folder: pathlib.Path, evaluation: bool):
+    self.config, self.folder = config, folder
+    self.mesh = sharding.make_mesh(config.mesh.data)
+    self.replicated = sharding.replicated(self.mesh)
+    self.eval_batch_size = config.eval.batch_size or config.batch_size
+    sharding.check_batch('batch_size', config.batch_size, self.mesh)
+    if config.eval.batch_size:
+      sharding.check_batch('eval.batch_size', config.eval.batch_size, self.mesh)
+    print(f'jax {jax.__version__} on {self.mesh.size} x {jax.devices()[0].device_kind}')
+    if warning := hardware.unused_accelerator():
+      print(warning)
+
+    saved = experiment.read(folder)
+    if evaluation and not saved:
+      raise UserError(f'{folder} holds no run to evaluate')
+    if not saved and folder.exists() and any(folder.iterdir()):
+      raise UserError(f'{folder} is not empty and holds no run: give another --workdir')
+    if saved:
+      experiment.check_config(folder, saved.config, config, evaluation)
+    self.dataset = sources.load(
+      config.source, data_dir=config.data_dir, holdout=config.eval.holdout, seed=config.seed
+    )
+    self.experiment = experiment.Experiment(config, self.dataset.class_names)
+    if saved:
+      experiment.check_classes(folder, saved, self.experiment)
+    self.model = build_model(config.model, len(self.dataset.class_names))
+
+    eval_step = make_eval_step(self.model, config.mean, config.std)
+
+    def eval_at(variables, arrays, position):
+      batch = resident.eval_batch(arrays, position, batch_size=self.eval_batch_size)
+      return eval_step(variables, self._split(batch))
+
+    self._eval_at = jax.jit(eval_at, out_shardings=self.replicated)
+
+  def _split(self, batch):
+    return jax.lax.with_sharding_constraint(batch, sharding.split_batch(self.mesh))
+
+  def read(self, split: sources.Split) -> resident.Arrays:
+    """Returns a split, decoded, on every device."""
+    arrays, skipped = resident.read_arrays(
+      split,
+      self.config.image_size,
+      crop_ratio=self.config.crop_ratio,
+      skip_unreadable=self.config.skip_unreadable,
+    )
+    if skipped:
+      print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
+    return jax.device_put(arrays, self.replicated)
+
+  def evaluate(self, variables: dict, arrays: resident.Arrays, signals: Signals) -> dict | None:
+    """Returns the metrics of a split; None when a signal came in between."""
+
+    def batches():
+      for position in range(math.ceil(len(arrays.label) / self.eval_batch_size)):
+        if signals.received:
+          return
+        yield self._eval_at(variables, arrays, position)
+
+    metrics = evaluate(batches())
+    return None if signals.received else metrics
+
+  def restore_best(self, checkpoints: Checkpoints) -> dict:
+    """Returns the variables of the best checkpoint, averaged where averages are kept."""
+    size = self.config.image_size
+    shapes = jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), shapes
+    )
+    averaged = bool(self.config.optimizer.ema_decay)
+    return checkpoints.restore_variables(checkpoints.best_step(), abstract, averaged)
+
+
+class TrainingSetup(Setup):
+  """A training run: its jitted step, its state, and what is done between steps."""
+
+  def __init__(self, config: TrainConfig, folder: pathlib.Path):
+    super().__init__(config, folder, evaluation=False)
+    train = self.dataset.train
+    if train is None:
+      raise UserError(f'{config.source} has no training split')
+    _check_attention(self.model, config.image_size)
+    self.train_arrays = self.read(train)
+    images = len(self.train_arrays.label)
+    self.steps_per_epoch = images // config.batch_size
+    if not self.steps_per_epoch:
+      raise UserError(f'batch_size={config.batch_size}: {config.source} has only {images} images')
+    self.total_steps = self.steps_per_epoch * config.epochs
+    self.val_arrays = self.read(self.dataset.validation) if self.dataset.validation else None
+
+    c = config.optimizer
+    peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
+    schedule = make_schedule(c, peak, config.epochs, self.steps_per_epoch)
+    tx = make_optimizer(c, schedule)
+    train_step = make_train_step(
+      self.model,
+      tx,
+      schedule,
+      seed=config.seed,
+      mean=config.mean,
+      std=config.std,
+      augment=config.augment,
+      ema_decay=c.ema_decay,
+      accumulate_steps=c.accumulate_steps,
+    )
+    augment = resident.Augment(
+      config.augment.crop_padding, config.augment.flip, config.augment.trivial_augment
+    )
+
+    def train_at(state, arrays, order):
+      epoch, position = jnp.divmod(state.step, self.steps_per_epoch)
+      batch = resident.train_batch(
+        arrays,
+        order,
+        position,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        augment=augment,
+      )
+      return train_step(state, self._split(batch))
+
+    self.step = jax.jit(train_at, donate_argnums=0, out_shardings=self.replicated)
+    self.order = jax.jit(
+      lambda epoch: resident.epoch_order(config.seed, epoch, images),
+      out_shardings=self.replicated,
+    )
+    self.init = jax.jit(
+      lambda: init_state(self.model, tx, config.seed, config.image_size, bool(c.ema_decay)),
+      out_shardings=self.replicated,
+    )
+    self.progress = Progress(self.total_steps, self.steps_per_epoch, config.batch_size)
+
+  def describe(self, state: TrainState) -> None:
+    """Prints what is about to happen and writes the table of parameters."""
+    c, d = self.config, self.dataset
+    sizes = [
+      f'{0 if split is None else len(split):,} {name}'
+      for name, split in (('train', d.train), ('validation', d.validation), ('test', d.test))
+    ]
+    print(f'data {c.source}: {", ".join(sizes)} images, {len(d.class_names)} classes')
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    cost = multiply_adds(self.model, c.image_size, c.image_size)
+    print(
+      f'model {c.model.name}: {count:,} parameters, {cost / 1e6:,.1f} M multiply-adds an image of '
+      f'{c.image_size}x{c.image_size}'
+    )
+    print(f'run folder {self.folder}: {c.epochs} epochs of {self.steps_per_epoch} steps')
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    (self.folder / 'parameters.txt').write_text(overview + '\n')
+
+  def eval_is_due(self, step: int) -> bool:
+    epoch, rest = divmod(step, self.steps_per_epoch)
+    return (
+      self.val_arrays is not None
+      and not rest
+      and (epoch % self.config.eval.every_epochs == 0 or epoch == self.config.epochs)
+    )

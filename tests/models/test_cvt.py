@@ -1,0 +1,306 @@
+"""What every CvT keeps to, whatever its options; tiny ones, two stages deep."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from cvt_flax import CvT, create_model
+from cvt_flax.models.options import resolve
+from tests.models import test_goldens, torch_weights
+
+TINY = dict(
+  num_classes=5,
+  embed_dims=(8, 12),
+  depths=(1, 2),
+  num_heads=(1, 3),
+  patch_sizes=(7, 3),
+  patch_strides=(4, 2),
+  patch_paddings=(2, 1),
+  mlp_ratios=(2.0, 2.0),
+  cls_token=(False, True),
+  drop_path_rates=(),
+)
+CONFIGS = {
+  'official': TINY,
+  'small images': TINY | dict(patch_sizes=(3, 3), patch_strides=(2, 2), patch_paddings=(1, 1)),
+  'mean': TINY | dict(cls_token=(), pool='mean'),
+  'cls ignored': TINY | dict(cls_token=(True, True), pool='mean', final_norm=False),
+  'avg': TINY | dict(projection='avg'),
+  'linear': TINY | dict(projection='linear', cls_token=(), pool='mean'),
+  'vit-pytorch': TINY
+  | dict(
+    cls_token=(),
+    pool='mean',
+    patch_paddings=(3, 1),
+    head_dim=5,
+    shared_kv=True,
+    qkv_bias=False,
+    attention_scale='head_dim',
+    activation='gelu',
+    final_norm=False,
+  ),
+  'no bias': TINY | dict(qkv_bias=False, out_bias=False, mlp_bias=False),
+}
+SIZE = (37, 30)  # neither even nor square
+
+
+def images(count=4):
+  return test_goldens.draw('images', (count, *SIZE, 3))
+
+
+@functools.cache
+def variables(name):
+  """Variables with none at its initial value: every one has its effect."""
+  model = CvT(**CONFIGS[name])
+  shapes = torch_weights.official_shapes(model)
+  state = {key: test_goldens.draw(key, shape) for key, shape in shapes.items()}
+  return torch_weights.from_official(model, state)
+
+
+@functools.cache
+def evaluated(name):
+  """Returns (logits, maps, maps with train=True, logits of the first image alone)."""
+  model = CvT(**CONFIGS[name])
+
+  @jax.jit
+  def evaluate(variables, x):
+    maps = model.apply(variables, x, method='stage_maps')
+    return model.apply(variables, x), maps, model.apply(variables, x[:1])
+
+  return evaluate(variables(name), images())
+
+
+@functools.cache
+def trained(name):
+  """Returns (gradients, logits, updated statistics) of a step with train=True."""
+  model = CvT(**CONFIGS[name])
+
+  def loss_fn(params, batch_stats):
+    logits, updates = model.apply(
+      {'params': params, 'batch_stats': batch_stats}, images(), train=True, mutable=['batch_stats']
+    )
+    # Not quadratic and not linear, so that no gradient vanishes by symmetry.
+    return jnp.sum(jnp.sin(logits) * jnp.arange(1, 6)), (logits, updates)
+
+  gradients, (logits, updates) = jax.jit(jax.grad(loss_fn, has_aux=True))(
+    variables(name)['params'], variables(name)['batch_stats']
+  )
+  return gradients, logits, updates
+
+
+every_config = pytest.mark.parametrize('name', CONFIGS)
+
+
+@every_config
+def test_logits(name):
+  logits, _, _ = evaluated(name)
+  assert (logits.shape, logits.dtype) == ((4, 5), jnp.float32)
+  assert np.isfinite(logits).all()
+  assert np.std(logits, axis=0).min() > 1e-3  # they depend on the images
+
+
+@every_config
+def test_stage_maps(name):
+  _, maps, _ = evaluated(name)
+  strides = CONFIGS[name]['patch_strides']
+  sizes = {(4, 2): [(9, 7), (5, 4)], (2, 2): [(19, 15), (10, 8)]}[strides]
+  if CONFIGS[name]['patch_paddings'] == (3, 1):
+    sizes = [(10, 8), (5, 4)]
+  assert [m.shape for m in maps] == [(4, *sizes[0], 8), (4, *sizes[1], 12)]
+
+
+@pytest.mark.parametrize('name', ['mean', 'vit-pytorch'])
+def test_the_classifier_reads_the_last_map(name):
+  logits, maps, _ = evaluated(name)
+  params = variables(name)['params']
+  x = np.asarray(maps[-1], np.float64)
+  if CONFIGS[name].get('final_norm', True):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    x = x * params['norm']['scale'] + params['norm']['bias']
+  expected = x.mean((1, 2)) @ params['head']['kernel'] + params['head']['bias']
+  assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@every_config
+def test_batch_mates_do_not_matter_in_evaluation(name):
+  logits, _, alone = evaluated(name)
+  assert alone.shape == (1, 5)
+  np.testing.assert_allclose(logits[:1], alone, rtol=1e-5, atol=1e-6)
+
+
+def without_gradient(model):
+  """Names of the parameters that cannot change the logits in training.
+
+  A constant added to all keys of a query leaves the softmax as it is: the bias of k always, and
+  that of its batch norm where no class token goes round it. What only the last map's queries pass
+  does not reach a classifier that reads the class token; a class token that nothing reads reaches
+  it through the attention, but not from the last block's queries.
+  """
+  names = set()
+  stages = resolve(model)
+  for s, o in enumerate(stages):
+    for j in range(o.depth):
+      attention = f'stage{s}.blocks.{j}.attn'
+      if o.qkv_bias:
+        names.add(f'{attention}.proj_k.bias')
+      if o.projection == 'dw_bn' and not o.cls_token and not o.shared_kv:
+        names.add(f'{attention}.conv_proj_k.bn.bias')
+  if model.pool == 'cls' and stages[-1].projection == 'dw_bn':
+    q = f'stage{len(stages) - 1}.blocks.{stages[-1].depth - 1}.attn.conv_proj_q'
+    names |= {f'{q}.conv.weight', f'{q}.bn.weight', f'{q}.bn.bias'}
+  return names
+
+
+@every_config
+def test_every_parameter_has_a_gradient(name):
+  gradients = torch_weights.to_official({'params': trained(name)[0]})
+  largest = max(np.abs(g).max() for g in gradients.values())
+  vanishing = {key for key, g in gradients.items() if np.abs(g).max() <= 1e-5 * largest}
+  assert vanishing == without_gradient(CvT(**CONFIGS[name]))
+
+
+@every_config
+def test_training_updates_every_statistic(name):
+  before = traverse_util.flatten_dict(variables(name)['batch_stats'])
+  after = traverse_util.flatten_dict(trained(name)[2].get('batch_stats', {}))
+  assert before.keys() == after.keys()
+  for path, value in after.items():
+    assert value.dtype == jnp.float32
+    assert np.all(value != before[path]), path
+
+
+@pytest.mark.parametrize('name', ['official', 'vit-pytorch'])
+def test_evaluation_updates_none(name):
+  model = CvT(**CONFIGS[name])
+  before = variables(name)
+  _, after = jax.jit(functools.partial(model.apply, mutable=['batch_stats']))(before, images())
+  jax.tree.map(np.testing.assert_array_equal, after['batch_stats'], before['batch_stats'])
+
+
+@pytest.mark.parametrize('name', ['official', 'avg'])
+def test_bfloat16(name):
+  model = CvT(**CONFIGS[name], dtype=jnp.bfloat16)
+  x = jnp.asarray(images(), jnp.bfloat16)
+  initial = jax.eval_shape(model.init, jax.random.key(0), x)
+  assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
+
+  def step(variables):
+    def loss_fn(params):
+      logits, updates = model.apply(
+        {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
+      )
+      return jnp.sum(logits), updates
+
+    return jax.grad(loss_fn, has_aux=True)(variables['params'])
+
+  results = jax.eval_shape(step, initial)
+  assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(jnp.float32)}
+
+  @jax.jit
+  def evaluate(variables):
+    return model.apply(variables, x), model.apply(variables, x, method='stage_maps')
+
+  logits, maps = evaluate(variables(name))
+  assert logits.dtype == jnp.float32
+  assert all(stage_map.dtype == jnp.bfloat16 for stage_map in maps)
+  expected, _, _ = evaluated(name)
+  assert np.abs(logits - expected).max() <= 0.03 * np.abs(expected).max()
+
+
+def test_dropouts_act_in_training_alone():
+  rates = dict(drop_rates=(0.1, 0.1), attn_drop_rates=(0.1, 0.1), drop_path_rates=(0.0, 0.3))
+  apply = jax.jit(
+    CvT(**TINY | rates).apply, static_argnames=('train', 'mutable')
+  )
+  x = images()
+  logits, _, _ = evaluated('official')
+  np.testing.assert_allclose(apply(variables('official'), x), logits, rtol=1e-5, atol=1e-6)
+
+  def draw(seed):
+    rngs = {'dropout': jax.random.key(seed)}
+    return apply(variables('official'), x, train=True, mutable=('batch_stats',), rngs=rngs)[0]
+
+  first = draw(0)
+  np.testing.assert_array_equal(first, draw(0))
+  assert np.abs(first - draw(1)).max() > 1e-3
+
+
+@pytest.mark.parametrize('rates', ['drop_rates', 'attn_drop_rates', 'drop_path_rates'])
+def test_every_rate_has_its_effect(rates):
+  def logits(rate):
+    model = CvT(**TINY | {rates: (0.0, rate)})
+    result, _ = model.init_with_output(
+      {'params': jax.random.key(0), 'dropout': jax.random.key(1)}, images(2), train=True
+    )
+    return result
+
+  assert np.abs(jax.jit(logits, static_argnums=0)(0.5) - trained_logits_at_init()).max() > 1e-6
+
+
+@functools.cache
+def trained_logits_at_init():
+  return jax.jit(CvT(**TINY).init_with_output, static_argnames='train')(
+    jax.random.key(0), images(2), train=True
+  )[0]
+
+
+def test_no_classes_returns_the_features():
+  model = CvT(**CONFIGS['mean'] | dict(num_classes=0))
+  params = {k: v for k, v in variables('mean')['params'].items() if k != 'head'}
+  features = jax.jit(model.apply)({**variables('mean'), 'params': params}, images())
+  assert features.shape == (4, 12)
+  head = variables('mean')['params']['head']
+  logits, _, _ = evaluated('mean')
+  np.testing.assert_allclose(features @ head['kernel'] + head['bias'], logits, atol=1e-5)
+
+
+@functools.cache
+def nano():
+  return jax.jit(create_model('cvt-nano').init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def flat(tree):
+  return {'/'.join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def test_initial_linear_layers():
+  for name, value in flat(nano()['params']).items():
+    if name.endswith('kernel') and value.ndim == 2:
+      # Four standard errors. A distribution cut at two sigma would have a deviation of 0.0176.
+      assert abs(np.std(value) / 0.02 - 1) < 4 / (2 * value.size) ** 0.5, name
+      assert abs(np.mean(value)) < 4 * 0.02 / value.size**0.5, name
+      assert np.abs(value).max() > 3 * 0.02, name
+    elif name.endswith('bias') and not name.endswith(('patch_embed/proj/bias', 'head/bias')):
+      np.testing.assert_array_equal(value, 0, name)
+    elif name.endswith('scale'):
+      np.testing.assert_array_equal(value, 1, name)
+
+
+def test_initial_convolutions_and_head_are_pytorchs_uniform():
+  bounds = {
+    'stage0/patch_embed/proj': 27**-0.5,
+    'stage1/patch_embed/proj': (9 * 32) ** -0.5,
+    'stage2/patch_embed/proj': (9 * 64) ** -0.5,
+    'head/bias': 96**-0.5,
+    'conv/kernel': 1 / 3,
+  }
+  seen = 0
+  for name, value in flat(nano()['params']).items():
+    for part, bound in bounds.items():
+      if part in name:
+        seen += 1
+        assert 0.8 * bound < np.abs(value).max() <= bound, name
+        assert abs(np.std(value) / (bound / 3**0.5) - 1) < 2 / value.size**0.5, name
+  assert seen == 3 * 2 + 1 + 3 * 4
+
+
+def test_initial_class_token_and_statistics():
+  token = nano()['params']['stage2']['cls_token']
+  assert token.shape == (1, 1, 96)
+  assert 0.7 * 0.02 < np.std(token) < 1.3 * 0.02
+  for name, value in flat(nano()['batch_stats']).items():
+    np.testing.assert_array_equal(value, {'mean': 0, 'var': 1}[name.rpartition('/')[2]], name)
