@@ -89,10 +89,8 @@ def mix(
     # is cut off at the border of the image.
     pixels = jnp.where(cutmix, outside, share)
     share = jnp.where(cutmix, outside.mean(), share)
-    pixels, share = (
-      jnp.where(apply < prob, pixels, 1.0)[..., None],
-      jnp.where(apply < prob, share, 1.0),
-    )
+    pixels = jnp.where(apply < prob, pixels, 1.0)[..., None]
+    share = jnp.where(apply < prob, share, 1.0)
     mixed = images * pixels + images[::-1] * (1 - pixels)
     return mixed.astype(images.dtype), targets * share + targets[::-1] * (1 - share)
 

@@ -7,7 +7,7 @@ happens to an image depends on the seed, the epoch and its own index alone, so b
 devices change nothing.
 
 A batch is a dict: 'image' uint8 [b, h, w, 3], 'label' int32 [b], 'mask' float32 [b] (0 where there
-is no image) and 'index' int32 [b] (`sources.Example.index`, -1 where there is no image).
+is no image) and 'index' int32 [b] (`dataset.Example.index`, -1 where there is no image).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvt_flax import errors, rng
 from cvt_flax.data import images, trivial_augment
+from cvt_flax.errors import UserError
+from cvt_flax.rng import Stream, stream_key
 
 if typing.TYPE_CHECKING:
-  from cvt_flax.data import sources
+  from cvt_flax.data import dataset
 
 Batch = dict[str, jax.Array]
 
@@ -40,7 +41,7 @@ class Arrays:
   Attributes:
     image: uint8 [n, h, w, 3].
     label: int32 [n].
-    index: int32 [n], `sources.Example.index`: the place of each image in the split of its source.
+    index: int32 [n], `dataset.Example.index`: the place of each image in the split of its source.
   """
 
   image: np.ndarray | jax.Array
@@ -65,7 +66,7 @@ class Augment:
 
 
 def read_arrays(
-  split: sources.Split,
+  split: dataset.Split,
   image_size: int,
   *,
   crop_ratio: float = 1.0,
@@ -89,7 +90,7 @@ def read_arrays(
   n = len(split)
   needed, available = n * image_size * image_size * 3, _available_memory()
   if needed > available:
-    raise errors.UserError(
+    raise UserError(
       f'{split.name}: {n} images of {image_size}x{image_size} need {needed / 2**30:.1f} GiB of '
       f'memory, and {available / 2**30:.1f} GiB are available: make the images smaller, or use '
       'fewer'
@@ -105,7 +106,7 @@ def read_arrays(
       index[place] = example.index
       try:
         picture = images.decode(example.image, example.name)
-      except errors.UserError:
+      except UserError:
         if not skip_unreadable:
           raise
         left_out.append((place, example.name))
@@ -117,7 +118,7 @@ def read_arrays(
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     left_out = sum(pool.map(read, range(0, n, _READ_TOGETHER)), [])
   if n and len(left_out) == n:
-    raise errors.UserError(f'{split.name}: none of its {n} images can be decoded')
+    raise UserError(f'{split.name}: none of its {n} images can be decoded')
   arrays = Arrays(image=image, label=np.asarray(split.labels, np.int32), index=index)
   if left_out:
     gaps = [place for place, _ in left_out]
@@ -146,7 +147,7 @@ def epoch_order(seed: int, epoch: int | jax.Array, size: int) -> jax.Array:
     epoch: the epoch from 0, an integer or a traced integer scalar.
     size: how many images there are.
   """
-  key = rng.stream_key(seed, rng.Stream.ORDER, epoch)
+  key = stream_key(seed, Stream.ORDER, epoch)
   return jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))
 
 
@@ -183,7 +184,7 @@ def train_batch(
     raise ValueError(f'a batch of {batch_size} images cannot be taken from {len(order)}')
   rows = jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
   chosen = jax.tree.map(lambda array: jnp.asarray(array)[rows], arrays)
-  key = rng.stream_key(seed, rng.Stream.AUGMENT, epoch)
+  key = stream_key(seed, Stream.AUGMENT, epoch)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, chosen.index)
   image = jax.vmap(lambda key, image: _augment(key, image, augment))(keys, chosen.image)
   return {

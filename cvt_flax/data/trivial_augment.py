@@ -107,7 +107,7 @@ def apply(
 
 
 def _positions(names: tuple[str, ...]) -> np.ndarray:
-  return np.array([OPERATIONS.index(name) for name in names])
+  return np.array([OPERATIONS.index(name) for name in names], np.int32)
 
 
 # ----- Geometry: shear, translate, rotate ------------------------------------------------------
@@ -202,8 +202,8 @@ def _smooth(grey):
 
 def _map_levels(grey, operation, magnitude_bin):
   """Gives each grey level of int32 [h, w, 3] a new one; every other operation changes nothing."""
-  mask = jnp.asarray(256 - 2 ** (8 - _POSTERIZE))[magnitude_bin]
-  threshold = jnp.asarray(np.ceil(_SOLARIZE).astype(np.int32))[magnitude_bin]
+  mask = jnp.asarray(256 - 2 ** (8 - _POSTERIZE), jnp.int32)[magnitude_bin]
+  threshold = jnp.asarray(np.ceil(_SOLARIZE), jnp.int32)[magnitude_bin]
   result = jnp.where(operation == OPERATIONS.index('posterize'), grey & mask, grey)
   result = jnp.where(
     (operation == OPERATIONS.index('solarize')) & (grey >= threshold), 255 - grey, result
@@ -226,7 +226,7 @@ def _equalize(grey):
   h, w, _ = grey.shape
   # One flat table for the three channels: XLA compiles this scatter twenty times faster on CPU than
   # one per channel. Level v is counted at v + 1, so that the running sum counts what lies below v.
-  start = 257 * np.arange(3)
+  start = 257 * jnp.arange(3)
   place = grey.reshape(h * w, 3) + start
   counts = jnp.zeros(3 * 257, jnp.int32).at[place + 1].add(1, mode='promise_in_bounds')
   below = counts.reshape(3, 257).cumsum(1).reshape(-1)

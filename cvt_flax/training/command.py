@@ -53,7 +53,8 @@ def _main(argv):
     raise
   except Exception as e:
     raise _config_error(e) from e
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes
+  # Orbax tells of every file, and warns of checkpoints between evaluations, which have no metric.
+  logging.set_verbosity(logging.ERROR)
   from cvt_flax.training.loop import run  # here, so that a wrong flag is told at once
 
   run(config, _WORKDIR.value, _MODE.value)

@@ -148,7 +148,7 @@ class EvalConfig:
   batch_size: int = key(0, 'global; 0: batch_size', low=0)
   holdout: float = key(
     0.1,
-    'share of train held out (at most 5,000 images) where a source has no validation split; 0: none',
+    'share of train (at most 5,000 images) to validate on where a source brings no split; 0: none',
     low=0.0,
     high=0.5,
   )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from clu import parameter_overview
 
-from cvt_flax.data import resident, sources
+from cvt_flax.data import dataset, resident, sources
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.geometry import multiply_adds, stage_geometry
@@ -88,7 +88,7 @@ class Setup:
   def _split(self, batch):
     return jax.lax.with_sharding_constraint(batch, sharding.split_batch(self.mesh))
 
-  def read(self, split: sources.Split) -> resident.Arrays:
+  def read(self, split: dataset.Split) -> resident.Arrays:
     """Returns a split, decoded, on every device."""
     arrays, skipped = resident.read_arrays(
       split,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_flax.data import images, resident, sources, trivial_augment
+from cvt_flax.data import dataset, images, resident, trivial_augment
 from cvt_flax.errors import UserError
 
 PADDING = 2
@@ -19,7 +19,7 @@ CROP_AND_FLIP = resident.Augment(crop_padding=PADDING, flip=True)
 ALL = resident.Augment(crop_padding=PADDING, flip=True, trivial_augment=True)
 
 
-class Listed(sources.Split):
+class Listed(dataset.Split):
   """A split of the given images; its examples come from every third place of some source."""
 
   name = 'listed train'
@@ -29,7 +29,7 @@ class Listed(sources.Split):
     self.labels = np.arange(len(pictures), dtype=np.int32) % 10
 
   def _read(self, index):
-    return sources.Example(
+    return dataset.Example(
       self.pictures[index], int(self.labels[index]), 3 * index, f'picture {index}'
     )
 

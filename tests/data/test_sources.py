@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_flax.data import images, sources
+from cvt_flax.data import array_source, dataset, images, sources
 from cvt_flax.errors import UserError
 
 
@@ -115,8 +115,8 @@ def test_nothing_to_hold_out(tmp_path):
 
 def test_at_most_5000_are_held_out():
   labels = np.repeat(np.arange(10), 6_000)
-  split = sources.ArraySplit('x', np.zeros((60_000, 1, 1, 1), np.uint8), labels)
-  data = sources._hold_out(sources.Dataset('x', tuple('0123456789'), split), 0.1, 0)
+  split = array_source.ArraySplit('x', np.zeros((60_000, 1, 1, 1), np.uint8), labels)
+  data = sources._hold_out(dataset.Dataset('x', tuple('0123456789'), split), 0.1, 0)
   assert np.bincount(data.validation.labels).tolist() == [500] * 10
   assert len(data.train) == 55_000
 

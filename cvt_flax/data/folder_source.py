@@ -1,0 +1,126 @@
+"""Folders of images, one folder a class."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split
+from cvt_flax.errors import UserError, nearest
+
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSplit(Split):
+  """Image files, read when asked for."""
+
+  name: str
+  paths: tuple[str, ...]
+  labels: np.ndarray
+
+  def _read(self, index: int) -> Example:
+    path = self.paths[index]
+    try:
+      data = pathlib.Path(path).read_bytes()
+    except OSError as error:
+      raise UserError(f'cannot read {path}: {error.strerror}') from error
+    return Example(data, int(self.labels[index]), index, path)
+
+
+_FOLDER_FORMS = 'DIR/train/CLASS/image or DIR/CLASS/image'
+
+
+def load_folder(directory: str) -> Dataset:
+  """Lists the images of a folder; see `sources.load` for its forms."""
+  root = os.path.expanduser(directory)
+  if not os.path.isdir(root):
+    raise UserError(f'no folder {root!r}; looked for {_FOLDER_FORMS} below it')
+  try:
+    return _list_folder(root)
+  except OSError as error:
+    raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
+
+
+def _list_folder(root: str) -> Dataset:
+  folders = _split_folders(root)
+  first, *others = folders.values()
+  class_names = _subfolders(first)
+  if not class_names:
+    raise UserError(f'no class folders in {first}; looked for {_FOLDER_FORMS}')
+  for other in others:
+    names = _subfolders(other)
+    for name in sorted(set(class_names) ^ set(names)):
+      has, lacks = (other, first) if name in names else (first, other)
+      raise UserError(
+        f'{lacks} has no class {name!r}, but {has} has; all splits have the same '
+        'class folders (they may be empty in validation and test)'
+      )
+  splits = {
+    split: _list_split(path, class_names, may_lack=path != first) for split, path in folders.items()
+  }
+  return Dataset(os.path.basename(os.path.abspath(root)), tuple(class_names), **splits)
+
+
+def _list_split(path: str, class_names: Sequence[str], may_lack: bool) -> FolderSplit:
+  """Lists one split; unless `may_lack`, each class has an image."""
+  files = [_images_below(os.path.join(path, name)) for name in class_names]
+  empty = [name for name, found in zip(class_names, files, strict=True) if not found]
+  if len(empty) == len(files) or empty and not may_lack:
+    raise UserError(
+      f'no images in {os.path.join(path, empty[0])}; looked for '
+      f'{" ".join(IMAGE_EXTENSIONS)}, there and in the folders below it'
+    )
+  labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(found) for found in files])
+  return FolderSplit(path, tuple(f for found in files for f in found), labels)
+
+
+def _split_folders(root: str) -> dict[str, str]:
+  """Returns {'train': path, ...}, in this order; a flat folder of classes is all train."""
+  folders = _subfolders(root)
+  kinds = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
+  named = [folder for folder in folders if folder.lower() in kinds]
+  # A class may be called 'test': what tells a split is that there are class folders inside.
+  if named != folders and not any(_subfolders(os.path.join(root, name)) for name in named):
+    return {'train': root}
+  splits = {}
+  for folder in folders:
+    kind = kinds.get(folder.lower())
+    if kind in splits:
+      raise UserError(
+        f'{root} has two folders for {kind}: {os.path.basename(splits[kind])} and {folder}'
+      )
+    if kind:
+      splits[kind] = os.path.join(root, folder)
+    elif hint := nearest(folder.lower(), kinds):
+      raise UserError(f'{root} has an unknown folder {folder!r} beside its splits{hint}')
+  return {split: splits[split] for split in SPLIT_NAMES if split in splits} or {'train': root}
+
+
+def _subfolders(path: str) -> list[str]:
+  """Returns the names of the visible folders in `path`, links included, sorted."""
+  with os.scandir(path) as entries:
+    return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
+
+
+def _images_below(folder: str) -> list[str]:
+  """Returns the paths of the visible images in and below `folder`, sorted; follows links."""
+
+  def fail(error):
+    raise error
+
+  paths, seen = [], set()
+  for where, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+    folders[:] = sorted(name for name in folders if not name.startswith('.'))
+    if os.path.realpath(where) in seen:  # a link that leads back up
+      folders.clear()
+      continue
+    seen.add(os.path.realpath(where))
+    paths += [
+      os.path.join(where, name)
+      for name in files
+      if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
+    ]
+  return sorted(paths)

@@ -1,0 +1,251 @@
+"""TFDS data sets, read in ArrayRecord form without TensorFlow.
+
+CIFAR is prepared from its original archive, without TensorFlow too.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+import re
+import shlex
+import sys
+import tarfile
+import typing
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split, wrong_label
+from cvt_flax.errors import UserError, nearest
+
+# The command line of TFDS imports all of these, and they want older versions of packages that
+# this project needs: hence an environment of their own.
+_TFDS_ENVIRONMENT = (
+  'python3 -m venv tfds-env && tfds-env/bin/pip install tensorflow-cpu apache-beam '
+  'mlcroissant tensorflow-datasets importlib_resources && tfds-env/bin/tfds'
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfdsSplit(Split):
+  """A split of a prepared TFDS data set, its images still encoded.
+
+  `labels` reads the whole split once, which takes seconds for CIFAR, but minutes for ImageNet.
+  """
+
+  name: str
+  records: typing.Any  # a TFDS data source: random access to dicts
+  classes: int
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    return np.fromiter((example.label for example in self), np.int32, len(self))
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+    records = self._fetch(self.records.__getitems__, indices)
+    return [self._example(i, record) for i, record in zip(indices, records, strict=True)]
+
+  def _read(self, index: int) -> Example:
+    return self._example(index, self._fetch(self.records.__getitem__, index))
+
+  def has_labels(self) -> bool:
+    """False for the test split of a contest, whose labels are all -1."""
+    return len(self) > 0 and self._fetch(self.records.__getitem__, 0)['label'] != -1
+
+  def _fetch(self, fetch, where):
+    try:
+      return fetch(where)
+    except RuntimeError as error:  # what ArrayRecord raises for damaged and missing files
+      raise UserError(f'cannot read {self.name}: {error}; prepare it again') from error
+
+  def _example(self, index: int, record: dict[str, typing.Any]) -> Example:
+    name, label = f'{self.name} #{index}', int(record['label'])
+    if not 0 <= label < self.classes:
+      raise wrong_label(name, label, self.classes)
+    return Example(record['image'], label, int(index), name)
+
+
+def load_tfds(name: str, data_dir: str) -> Dataset:
+  """Opens a TFDS data set, and prepares CIFAR when it is not there yet."""
+  import tensorflow_datasets as tfds  # takes half a second, and other sources do without
+
+  root = os.path.expanduser(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'))
+  builder = _tfds_builder(name, root)
+  if not (builder.data_path / 'dataset_info.json').exists():
+    if builder.name not in ('cifar10', 'cifar100'):
+      raise UserError(
+        f'tfds:{name} is not prepared in {root}; {_how_to_prepare(builder, name, root)}'
+      )
+    _prepare_cifar(builder, root)
+  # From its files, not its code: only so does TFDS see formats that were added later.
+  builder = tfds.builder_from_directory(builder.data_dir)
+  formats = sorted(f.value for f in builder.info.available_file_formats())
+  if 'array_record' not in formats:
+    raise UserError(
+      f'tfds:{name} is prepared in {root} as {", ".join(formats)} only, which has no random '
+      f'access; add ArrayRecord with: {_TFDS_ENVIRONMENT} convert_format '
+      f'--dataset_version_dir={shlex.quote(str(builder.data_dir))} '
+      '--out_file_format=array_record'
+    )
+  features = dict(builder.info.features.items())
+  if not (
+    isinstance(features.get('image'), tfds.features.Image)
+    and isinstance(features.get('label'), tfds.features.ClassLabel)
+  ):
+    found = ', '.join(sorted(f'{key} ({type(f).__name__})' for key, f in features.items()))
+    raise UserError(
+      f'tfds:{name} is not made of image (Image) and label (ClassLabel); it has {found}'
+    )
+  class_names = tuple(features['label'].names)
+  splits = {}
+  for split, aliases in SPLIT_NAMES.items():
+    name_there = next((alias for alias in aliases if alias in builder.info.splits), None)
+    if name_there:
+      records = builder.as_data_source(
+        split=name_there, decoders={'image': tfds.decode.SkipDecoding()}
+      )
+      splits[split] = TfdsSplit(f'{builder.name} {name_there}', records, len(class_names))
+  if 'test' in splits and not splits['test'].has_labels():
+    del splits['test']
+  if not splits:
+    raise UserError(
+      f'tfds:{name} has none of the splits train, validation and test; it has '
+      f'{", ".join(builder.info.splits)}'
+    )
+  return Dataset(builder.name, class_names, **splits)
+
+
+def _tfds_builder(name: str, root: str):
+  """Returns TFDS's builder of a data set, whether or not it is prepared."""
+  import tensorflow_datasets as tfds
+
+  known = tfds.list_builders(with_community_datasets=False)
+  base = re.split('[/:]', name)[0]
+  # Community names, as in huggingface:NAME, would be looked up in the network.
+  if not re.fullmatch(r'\w+(/[\w.+-]+)?(:[\d.*]+)?', name):
+    raise UserError(
+      f"source 'tfds:{name}' is not of the form tfds:NAME[/CONFIG][:VERSION]"
+      f'{nearest(base.lower(), known)}'
+    )
+  try:
+    return tfds.builder(name, data_dir=root)
+  except (ValueError, AssertionError) as error:
+    if base in known:
+      reason = str(error).splitlines()[0].rpartition('}": ')[2]  # after the call it quotes
+      raise UserError(f'TFDS cannot open {name!r}: {reason}') from error
+    raise UserError(
+      f'unknown TFDS data set {base!r} (all: https://www.tensorflow.org/datasets/'
+      f'catalog/overview){nearest(base.lower(), known)}'
+    ) from error
+
+
+def _how_to_prepare(builder, name: str, root: str) -> str:
+  """Returns the commands that prepare a data set which TFDS cannot prepare without TensorFlow."""
+  place = shlex.quote(root)
+  build = f'{_TFDS_ENVIRONMENT} build {name} --file_format=array_record --data_dir={place}'
+  if builder.name == 'imagenet2012':
+    return (
+      'put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from '
+      f'https://image-net.org/download-images) in {place}/downloads/manual, then: {build}'
+    )
+  if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+    return (
+      'put the files that https://www.tensorflow.org/datasets/catalog/'
+      f'{builder.name} asks for in {place}/downloads/manual, then: {build}'
+    )
+  return f'prepare it with: {build}'
+
+
+def _prepare_cifar(builder, root: str) -> None:
+  """Downloads CIFAR with TFDS, which checks its checksum, and writes it as ArrayRecord.
+
+  TFDS needs TensorFlow to unpack the archive and to encode arrays, but not to download and not
+  to store images that are encoded already. So the archive is read here.
+  """
+  import requests
+  import tensorflow_datasets as tfds
+
+  url = builder._cifar_info.url
+  archive = os.path.basename(url)
+  downloads = pathlib.Path(root) / 'downloads'
+  print(
+    f'Preparing {builder.name} in {builder.data_dir}: {builder.url_infos[url].size} from '
+    f'{url} (once)',
+    flush=True,
+  )
+  builder._split_generators = functools.partial(_cifar_splits, builder)
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+  try:
+    if not _is_downloaded(archive, downloads, builder.name):
+      requests.head(url, timeout=30)  # without a network TFDS would retry for three minutes
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces an unknown size
+      builder.download_and_prepare(file_format='array_record')
+  except (requests.ConnectionError, requests.Timeout) as error:
+    raise UserError(
+      f'cannot download {builder.name}: no network, or {url} does not answer; bring '
+      f'{archive} to {downloads / "manual"}, or give the data_dir where TFDS has prepared '
+      f'{builder.name} as ArrayRecord'
+    ) from error
+  except tfds.download.download_manager.NonMatchingChecksumError as error:
+    raise UserError(f'{archive} in {downloads} has the wrong checksum; remove it') from error
+  except (tfds.download.DownloadError, OSError) as error:
+    raise UserError(f'cannot prepare {builder.name} in {root}: {error}') from error
+
+
+def _is_downloaded(archive: str, downloads: pathlib.Path, name: str) -> bool:
+  """Whether TFDS finds the archive where it keeps, or where one puts, what is downloaded."""
+  stem = archive.removesuffix('.tar.gz')
+  return any(
+    path
+    for folder in (downloads, downloads / 'manual', downloads / name)
+    for path in folder.glob(f'*{stem}*.gz')
+  )
+
+
+def _cifar_splits(builder, downloads) -> dict[str, Iterator[tuple[int, dict]]]:
+  """What TFDS's builder generates, with PNG bytes for arrays: the same keys, so the same order.
+
+  Args:
+    builder: TFDS's builder of cifar10 or cifar100; its class names are set.
+    downloads: TFDS's download manager.
+
+  Returns:
+    For each split an iterator of (key, example).
+  """
+  info = builder._cifar_info
+  with tarfile.open(downloads.download(info.url)) as archive:
+    files = {
+      member.name: archive.extractfile(member).read() for member in archive if member.isfile()
+    }
+  for key, file in zip(info.label_keys, info.label_files, strict=True):
+    builder.info.features[key].names = files[info.prefix + file].decode().split()
+  return {
+    split: _cifar_examples(split, [files[info.prefix + n] for n in names], info.label_keys)
+    for split, names in (('train', info.train_files), ('test', info.test_files))
+  }
+
+
+def _cifar_examples(split: str, files: Sequence[bytes], label_keys: Sequence[str]):
+  """Yields (key, example) from files of records: the labels, then 3x32x32 bytes of pixels."""
+  records = np.frombuffer(b''.join(files), np.uint8).reshape(-1, len(label_keys) + 3 * 32 * 32)
+  for index, record in enumerate(records):
+    labels, pixels = np.split(record, [len(label_keys)])
+    png = io.BytesIO()
+    Image.fromarray(pixels.reshape(3, 32, 32).transpose(1, 2, 0)).save(png, 'PNG')
+    png.seek(0)
+    yield (
+      index,
+      {
+        'id': f'{split}_{index:05d}',
+        'image': png,
+        **{key: int(label) for key, label in zip(label_keys, labels, strict=True)},
+      },
+    )
