@@ -9,6 +9,7 @@ of what it belongs to": ml_collections cannot override None.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterator
 
@@ -262,6 +263,8 @@ def _get(config, name):
 
 
 def _build(declaration, values, prefix):
+  if not isinstance(values, dict):
+    raise UserError(f'{prefix[:-1]}={values!r}: a group of keys is needed')
   types = typing.get_type_hints(declaration)
   for name in values:
     if name not in types:
@@ -269,7 +272,7 @@ def _build(declaration, values, prefix):
   built = {}
   for name, kind in types.items():
     if name not in values:
-      raise UserError(f'config lacks the key {prefix}{name!r}: start from get_config()')
+      raise UserError(f'config lacks the key {prefix + name!r}: start from get_config()')
     if dataclasses.is_dataclass(kind):
       built[name] = _build(kind, values[name], f'{prefix}{name}.')
     else:
@@ -302,8 +305,8 @@ def _check_value(name, field, value):
       f'{name}={value!r}: one of {", ".join(words)} is needed{nearest(value, allowed)}'
     )
   for number in value if isinstance(value, tuple) else (value,):
-    if isinstance(number, float) and number != number:
-      raise UserError(f'{name}={value!r}: a number is needed')
+    if isinstance(number, float) and not math.isfinite(number):
+      raise UserError(f'{name}={value!r}: a finite number is needed')
     if low is not None and number < low:
       raise UserError(f'{name}={value!r}: at least {low} is needed')
     if high is not None and number > high:
@@ -351,6 +354,8 @@ def _check_groups(c: TrainConfig):
     raise UserError(f'model.bn_group_size={size} does not divide batch_size={c.batch_size}')
   if k == 1:
     return
+  if c.batch_size % k:
+    raise UserError(f'optimizer.accumulate_steps={k} does not divide batch_size={c.batch_size}')
   if not size:
     raise UserError(
       f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '

@@ -69,8 +69,11 @@ def make_optimizer(
     case 'sgd':
       rule = optax.sgd(schedule, c.momentum or None, c.nesterov)
     case 'rmsprop':
-      rule = optax.rmsprop(
-        schedule, c.rms_decay, c.epsilon, eps_in_sqrt=False, momentum=c.momentum or None
+      # optax.rmsprop has the learning rate inside the velocity; PyTorch multiplies what comes out.
+      rule = optax.chain(
+        optax.scale_by_rms(c.rms_decay, c.epsilon, eps_in_sqrt=False),
+        optax.trace(c.momentum) if c.momentum else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
       )
   parts = []
   if c.clip_norm:

@@ -177,9 +177,13 @@ class TrainingSetup(Setup):
       lambda epoch: resident.epoch_order(config.seed, epoch, images),
       out_shardings=self.replicated,
     )
+    # It runs once, and to optimise the many draws of random numbers would take the CPU's compiler
+    # as long as the training step does.
+    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     self.init = jax.jit(
       lambda: init_state(self.model, tx, config.seed, config.image_size, bool(c.ema_decay)),
       out_shardings=self.replicated,
+      compiler_options=quick,
     )
     self.progress = Progress(self.total_steps, self.steps_per_epoch, config.batch_size)
 

@@ -1,15 +1,26 @@
-"""PyTorch weights as our variables, for the tests that compare the two.
+"""PyTorch weights as our variables, and what else the comparisons of models share.
 
 A state dict is {name: anything numpy can read}. The names of the authors' code (called official
 here) are our tree's names but for the layers' spellings below; those of Hugging Face and
 vit-pytorch are first turned into the official ones.
 """
 
+import functools
 import re
+import zlib
 
 import jax
 import numpy as np
 from flax import traverse_util
+
+# For what is compiled once and run once: half the time to compile, the same arithmetic.
+quick_jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
 
 # The last part of an official name, by that of ours.
 _LEAVES = {
@@ -22,6 +33,50 @@ _LEAVES = {
 }
 
 
+def assert_close(actual, expected, tolerance=1e-5):
+  """Asserts max|difference| <= tolerance max|expected|."""
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.shape == expected.shape
+  assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def assert_gradients_close(actual, expected):
+  """Asserts |difference| <= 1e-4 max|g of that tensor| + 1e-5 max|g of all|, for {name: g}.
+
+  True gradients that are zero, of the bias of k for one, are thus compared with the largest.
+  """
+  assert actual.keys() == expected.keys()
+  expected = {name: np.asarray(gradient) for name, gradient in expected.items()}
+  largest = max(np.abs(gradient).max() for gradient in expected.values())
+  for name, gradient in expected.items():
+    assert actual[name].shape == gradient.shape, name
+    difference = np.abs(actual[name] - gradient).max()
+    assert difference <= 1e-4 * np.abs(gradient).max() + 1e-5 * largest, name
+
+
+def draw(name, shape):
+  """Returns the values of the tensor `name`: uniform, from a generator seeded with its name.
+
+  Part of the golden files: another rule needs other files.
+  """
+  rng = np.random.Generator(np.random.PCG64([2021, zlib.crc32(name.encode())]))
+  u = 2 * rng.random(shape) - 1
+  if name.endswith('running_var'):
+    u = 1 + 0.5 * u
+  elif name.endswith('.weight') and len(shape) == 1:  # of a norm
+    u = 1 + 0.3 * u
+  elif name.endswith('.weight'):
+    u = u * (3 / np.prod(shape[1:])) ** 0.5
+  elif name.endswith(('.bias', 'running_mean')):
+    u = 0.3 * u
+  return u.astype(np.float32)  # class tokens and images stay from -1 to 1
+
+
+def drawn_variables(model):
+  """Returns variables for `model` by the rule of `draw`: none has its initial value."""
+  return from_official(model, {k: draw(k, v) for k, v in official_shapes(model).items()})
+
+
 def official_name(path):
   """Returns the official name of the leaf at `path`, which starts with its collection."""
   *modules, leaf = path[1:]
@@ -29,27 +84,26 @@ def official_name(path):
   return '.'.join([*modules, _LEAVES[leaf]])
 
 
-def official_shapes(model, size=32):
+def official_shapes(model):
   """Returns {official name: PyTorch's shape} of the model's parameters and statistics."""
   return {
     official_name(path): _to_torch(np.empty(leaf.shape)).shape
-    for path, leaf in _leaves(model, size).items()
+    for path, leaf in _leaves(model).items()
   }
 
 
-def from_official(model, state, size=32):
+def from_official(model, state):
   """Returns the variables {'params', 'batch_stats'} that hold an official state dict.
 
   Args:
     model: the linen module they are for.
     state: {official name: array}.
-    size: an image size that the model takes.
 
   Raises:
     ValueError: when a name is missing, left over, or has another shape.
   """
   state = {k: np.asarray(v) for k, v in state.items() if not k.endswith('num_batches_tracked')}
-  leaves = {official_name(path): (path, leaf) for path, leaf in _leaves(model, size).items()}
+  leaves = {official_name(path): (path, leaf) for path, leaf in _leaves(model).items()}
   if state.keys() != leaves.keys():
     raise ValueError(f'names that differ: {sorted(state.keys() ^ leaves.keys())}')
   flat = {}
@@ -139,14 +193,15 @@ def vit_pytorch_to_official(state):
   return renamed
 
 
-def _leaves(model, size):
-  images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+def _leaves(model):
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
   return traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
 
 
 def _from_torch(x):
-  # Linear [out, in] -> [in, out]; convolution [out, in, h, w] -> [h, w, in, out].
-  return x.transpose({2: (1, 0), 4: (2, 3, 1, 0)}.get(x.ndim, range(x.ndim)))
+  # Linear [out, in] -> [in, out]; convolution [out, in, h, w] -> [h, w, in, out]. A copy: numpy
+  # shares PyTorch's memory, and PyTorch writes new running statistics over the old ones.
+  return x.transpose({2: (1, 0), 4: (2, 3, 1, 0)}.get(x.ndim, range(x.ndim))).copy()
 
 
 def _to_torch(x):

@@ -1,0 +1,288 @@
+"""CvT against Hugging Face's PyTorch CvT: forward pass and training step, in one run.
+
+    python benchmarks/model.py --model=cvt-13 --size=224 --batch=8
+
+Prints a table and writes what was measured to benchmarks/results/. See benchmarks/README.md.
+"""
+
+# ruff: noqa: E402  (the environment is set before JAX and transformers are imported)
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing is downloaded: weights are random
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# Nothing here needs torchvision, and one built for another PyTorch takes transformers down.
+sys.modules['torchvision'] = None
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import transformers
+
+from cvt_flax import create_model, list_models
+from tests.models.torch_weights import from_official, huggingface_to_official
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
+
+
+def main():
+  arguments = parse()
+  torch.set_num_threads(cores())
+  # float32 means float32 on both sides, also where the hardware has a faster format.
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+  model = create_model(arguments.model, drop_path_rates=(), activation=arguments.activation)
+  device = {'cpu': 'cpu', 'gpu': 'cuda'}[jax.default_backend()]
+  peer = huggingface(model).to(device)
+  variables = from_official(model, huggingface_to_official(peer.state_dict()))
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(arguments.batch, 3, arguments.size, arguments.size))
+  images = images.astype(np.float32)
+  labels = rng.integers(model.num_classes, size=arguments.batch)
+  difference = compare_logits(model, variables, peer, images)
+  print(f'logits with the exact GELU on both sides agree to {difference:.1e}', file=sys.stderr)
+
+  theirs = {'PyTorch eager': peer}
+  if arguments.compile:
+    theirs['PyTorch compiled'] = torch.compile(peer)
+  results = {}
+  for what, ours, make in (
+    ('forward', our_forward(model, variables, images), their_forward),
+    ('train step', our_train_step(model, variables, images, labels), their_train_step),
+  ):
+    contestants = {'cvt_flax': ours}
+    for name, module in theirs.items():
+      contestants[name] = make(module, torch.tensor(images), torch.tensor(labels), device)
+    results[what] = alternate(what, contestants, arguments.rounds, arguments.steps)
+
+  print(table(results))
+  write(arguments, results, difference)
+
+
+def parse():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  # transformers takes the drop path rate of a block by its stage's number: a stage with fewer
+  # blocks than that is an error there.
+  names = [
+    name
+    for name in list_models()
+    if all(depth > s for s, depth in enumerate(create_model(name).depths))
+  ]
+  parser.add_argument('--model', default='cvt-13', choices=names)
+  parser.add_argument('--size', type=int, default=224, help='height and width of the images')
+  parser.add_argument('--batch', type=int, default=8, help='images')
+  parser.add_argument('--rounds', type=int, default=7, help='at least 5')
+  parser.add_argument('--steps', type=int, default=3, help='timed calls of each, in each round')
+  parser.add_argument('--activation', default='quick_gelu', choices=['quick_gelu', 'gelu'])
+  parser.add_argument('--compile', action='store_true', help='also against torch.compile')
+  arguments = parser.parse_args()
+  if arguments.rounds < 5:
+    parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
+  return arguments
+
+
+def cores():
+  """Returns how many cores this process may use: what XLA takes, and PyTorch is given."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def huggingface(model):
+  """Returns Hugging Face's model of the same geometry, with random weights."""
+  torch.manual_seed(0)
+  config = transformers.CvtConfig(
+    num_labels=model.num_classes,
+    embed_dim=model.embed_dims,
+    depth=model.depths,
+    num_heads=model.num_heads,
+    patch_sizes=model.patch_sizes,
+    patch_stride=model.patch_strides,
+    patch_padding=model.patch_paddings,
+    mlp_ratio=model.mlp_ratios,
+    cls_token=model.cls_token,
+    drop_path_rate=(0.0,) * len(model.depths),
+  )
+  return transformers.CvtForImageClassification(config)
+
+
+def compare_logits(model, variables, peer, images):
+  """Returns max|difference| / max|logit| of the first two images, and stops if it is not 1e-5."""
+  with torch.no_grad():
+    expected = peer.eval()(torch.tensor(images[:2]).to(peer.device)).logits.cpu().numpy()
+  actual = jax.jit(model.clone(activation='gelu').apply)(variables, nhwc(images[:2]))
+  difference = np.abs(actual - expected).max() / np.abs(expected).max()
+  if not difference <= 1e-5:
+    sys.exit(f'the two do not compute the same logits: they differ by {difference:.1e}')
+  return float(difference)
+
+
+def nhwc(images):
+  return jnp.asarray(images.transpose(0, 2, 3, 1))
+
+
+def our_forward(model, variables, images):
+  apply = jax.jit(model.apply)
+  images = nhwc(images)
+  return lambda: jax.block_until_ready(apply(variables, images))
+
+
+def our_train_step(model, variables, images, labels):
+  optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, images, labels):
+    variables, optimizer_state = state
+
+    def loss_fn(params):
+      logits, updates = model.apply(
+        {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
+      )
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+      return losses.mean(), updates
+
+    (loss, updates), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables['params'])
+    changes, optimizer_state = optimizer.update(gradients, optimizer_state, variables['params'])
+    params = optax.apply_updates(variables['params'], changes)
+    return ({**updates, 'params': params}, optimizer_state), loss
+
+  variables = jax.tree.map(jnp.array, variables)  # a copy: the step overwrites its state
+  state = variables, optimizer.init(variables['params'])
+  images, labels = nhwc(images), jnp.asarray(labels)
+
+  def run():
+    nonlocal state
+    state, loss = jax.block_until_ready(step(state, images, labels))
+    return loss
+
+  return run
+
+
+def their_forward(module, images, labels, device):
+  del labels
+  images = images.to(device)
+
+  def run():
+    module.eval()
+    with torch.no_grad():
+      module(images)
+    synchronize(device)
+
+  return run
+
+
+def their_train_step(module, images, labels, device):
+  optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+  images, labels = images.to(device), labels.to(device)
+
+  def run():
+    module.train()
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(module(images).logits, labels).backward()
+    optimizer.step()
+    synchronize(device)
+
+  return run
+
+
+def synchronize(device):
+  if device == 'cuda':
+    torch.cuda.synchronize()
+
+
+def alternate(what, contestants, rounds, steps):
+  """Runs every contestant in turn, `rounds` times; returns {name: [seconds a call, a round]}."""
+  for name, run in contestants.items():
+    start = time.perf_counter()
+    run()
+    print(f'{what}, {name}: first call {time.perf_counter() - start:.1f} s', file=sys.stderr)
+  seconds = {name: [] for name in contestants}
+  for number in range(rounds):
+    for name, run in contestants.items():
+      run()  # not timed: the other one's threads come to rest, the caches are ours
+      start = time.perf_counter()
+      for _ in range(steps):
+        run()
+      seconds[name].append((time.perf_counter() - start) / steps)
+    line = ', '.join(f'{name} {1e3 * times[-1]:.0f} ms' for name, times in seconds.items())
+    print(f'{what}, round {number + 1}: {line}', file=sys.stderr)
+  return seconds
+
+
+def ratios(seconds, name):
+  """Returns, for every round, how many times as fast as `name` cvt_flax was."""
+  return [theirs / ours for ours, theirs in zip(seconds['cvt_flax'], seconds[name], strict=True)]
+
+
+def table(results):
+  lines = ['| | median ms | slowest and fastest round | cvt_flax is |', '|---|---|---|---|']
+  for what, seconds in results.items():
+    for name, times in seconds.items():
+      median, low, high = (1e3 * f(times) for f in (statistics.median, min, max))
+      faster = f'{statistics.median(ratios(seconds, name)):.2f}x' if name != 'cvt_flax' else ''
+      lines.append(f'| {what}, {name} | {median:.0f} | {low:.0f} to {high:.0f} | {faster} |')
+  return '\n'.join(lines)
+
+
+def write(arguments, results, difference):
+  now = datetime.datetime.now().astimezone()
+  record = {
+    'date': now.isoformat(timespec='seconds'),
+    'arguments': vars(arguments),
+    'logits_differ_by': difference,
+    'hardware': hardware(),
+    'versions': {'python': platform.python_version()}
+    | {package: importlib.metadata.version(package) for package in PACKAGES},
+    'results': {
+      what: {
+        'seconds_a_call_by_round': seconds,
+        'median_seconds': {name: statistics.median(times) for name, times in seconds.items()},
+        'median_ratio': {
+          name: statistics.median(ratios(seconds, name)) for name in seconds if name != 'cvt_flax'
+        },
+      }
+      for what, seconds in results.items()
+    },
+  }
+  folder = ROOT / 'benchmarks' / 'results'
+  folder.mkdir(exist_ok=True)
+  name = f'{arguments.model}-{arguments.size}-batch{arguments.batch}'
+  path = folder / f'{now:%Y-%m-%d-%H%M}-{name}.json'
+  path.write_text(json.dumps(record, indent=2) + '\n')
+  print(f'written to {path.relative_to(ROOT)}', file=sys.stderr)
+
+
+def hardware():
+  """Returns what the figures depend on, the load of the machine included."""
+  processor = platform.processor()
+  if pathlib.Path('/proc/cpuinfo').exists():
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    processor = next(
+      (line.partition(':')[2].strip() for line in lines if line.startswith('model name')), processor
+    )
+  return {
+    'device': jax.devices()[0].device_kind,
+    'processor': processor,
+    'cores': cores(),
+    'pytorch_threads': torch.get_num_threads(),
+    'load_average_at_the_end': os.getloadavg() if hasattr(os, 'getloadavg') else None,
+  }
+
+
+if __name__ == '__main__':
+  main()
