@@ -36,11 +36,22 @@ from cvt_flax import create_model, list_models
 from tests.models.torch_weights import from_official, huggingface_to_official
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
+# Cores' worth of work by other programs that still counts as a quiet machine.
+QUIET = 0.1
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 
 
 def main():
   arguments = parse()
+  start = usage()
+  time.sleep(2)
+  busy = taken_by_others(start)
+  if not arguments.busy and busy is not None and busy > QUIET:
+    sys.exit(
+      f"other programs take {busy:.1f} cores. PyTorch's threads wait for each other by spinning, "
+      'which then costs it many times the work: ratios would be wrong. Wait, or try the tool '
+      'with --busy, which writes no result'
+    )
   torch.set_num_threads(cores())
   # float32 means float32 on both sides, also where the hardware has a faster format.
   jax.config.update('jax_default_matmul_precision', 'highest')
@@ -60,7 +71,7 @@ def main():
   theirs = {'PyTorch eager': peer}
   if arguments.compile:
     theirs['PyTorch compiled'] = torch.compile(peer)
-  results = {}
+  results, start = {}, usage()
   for what, ours, make in (
     ('forward', our_forward(model, variables, images), their_forward),
     ('train step', our_train_step(model, variables, images, labels), their_train_step),
@@ -71,7 +82,11 @@ def main():
     results[what] = alternate(what, contestants, arguments.rounds, arguments.steps)
 
   print(table(results))
-  write(arguments, results, difference)
+  busy = taken_by_others(start)
+  if busy is not None and busy > QUIET:
+    print(f'NOT A RESULT: other programs took {busy:.1f} cores meanwhile; nothing is written')
+  else:
+    write(arguments, results, difference, busy)
 
 
 def parse():
@@ -92,6 +107,7 @@ def parse():
   parser.add_argument('--steps', type=int, default=3, help='timed calls of each, in each round')
   parser.add_argument('--activation', default='quick_gelu', choices=['quick_gelu', 'gelu'])
   parser.add_argument('--compile', action='store_true', help='also against torch.compile')
+  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
@@ -101,6 +117,27 @@ def parse():
 def cores():
   """Returns how many cores this process may use: what XLA takes, and PyTorch is given."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def usage():
+  """Returns (seconds of the clock, of all processors' work, of ours); None where it is unknown.
+
+  Work includes what the host of a virtual machine took away.
+  """
+  stat = pathlib.Path('/proc/stat')
+  if not stat.exists():
+    return None
+  user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+  ticks = user + nice + system + irq + softirq + steal
+  return time.perf_counter(), ticks / os.sysconf('SC_CLK_TCK'), time.process_time()
+
+
+def taken_by_others(start):
+  """Returns how many cores other programs kept busy since `start`, on average."""
+  if start is None:
+    return None
+  clock, work, ours = (now - then for now, then in zip(usage(), start, strict=True))
+  return max(0.0, (work - ours) / clock)
 
 
 def huggingface(model):
@@ -239,12 +276,13 @@ def table(results):
   return '\n'.join(lines)
 
 
-def write(arguments, results, difference):
+def write(arguments, results, difference, busy):
   now = datetime.datetime.now().astimezone()
   record = {
     'date': now.isoformat(timespec='seconds'),
     'arguments': vars(arguments),
     'logits_differ_by': difference,
+    'cores_taken_by_others': busy,
     'hardware': hardware(),
     'versions': {'python': platform.python_version()}
     | {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -268,7 +306,7 @@ def write(arguments, results, difference):
 
 
 def hardware():
-  """Returns what the figures depend on, the load of the machine included."""
+  """Returns the machine that the figures depend on."""
   processor = platform.processor()
   if pathlib.Path('/proc/cpuinfo').exists():
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
@@ -280,7 +318,6 @@ def hardware():
     'processor': processor,
     'cores': cores(),
     'pytorch_threads': torch.get_num_threads(),
-    'load_average_at_the_end': os.getloadavg() if hasattr(os, 'getloadavg') else None,
   }
 
 

@@ -77,12 +77,14 @@ def evaluate(batch_metrics: Iterable[EvalMetrics]) -> dict:
   """Returns {'loss', 'top1', 'top5', 'images', 'per_class'} over all batches.
 
   Fractions are from 0 to 1; 'images' is how many were counted, 'per_class' a list with one share a
-  class, None for a class without images.
+  class, None for a class without images. Without a batch the result is {}.
   """
   merge = jax.jit(lambda a, b: a.merge(b))
   total = None
   for metrics_of_batch in batch_metrics:
     total = metrics_of_batch if total is None else merge(total, metrics_of_batch)
+  if total is None:
+    return {}
   total = jax.device_get(total)
   counts = total.per_class.count
   return {

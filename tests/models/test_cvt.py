@@ -226,11 +226,11 @@ def one_stage(**rates):
   x = draw('images', (3, 8, 8, 3))
 
   @quick_jit
-  def train(seed):
+  def train(variables, seed):
     rngs = {'dropout': jax.random.key(seed)}
     return model.apply(variables, x, train=True, mutable=['batch_stats'], rngs=rngs)[0]
 
-  return quick_jit(model.apply)(variables, x), train
+  return quick_jit(model.apply)(variables, x), functools.partial(train, variables)
 
 
 @pytest.mark.parametrize('rates', ['drop_rates', 'attn_drop_rates', 'drop_path_rates'])

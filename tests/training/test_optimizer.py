@@ -219,8 +219,8 @@ def torch_updates(torch, optimizer_class, schedule, weight_decay, clip_norm, **o
     if clip_norm:
       torch.nn.utils.clip_grad_norm_([kernel, bias, scale], clip_norm)
     optimizer.step()
-    tensors = [t.detach().numpy().copy() for t in (kernel, bias, scale)]
-    history.append({'dense': dict(kernel=tensors[0], bias=tensors[1]), 'norm': dict(scale=tensors[2])})
+    k, b, s = (t.detach().numpy().copy() for t in (kernel, bias, scale))
+    history.append({'dense': {'kernel': k, 'bias': b}, 'norm': {'scale': s}})
   return history
 
 

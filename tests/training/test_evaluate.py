@@ -1,0 +1,148 @@
+"""Evaluation counts every image once, and gets the numbers that NumPy gets."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cvt_flax.data import resident
+from cvt_flax.models.cvt import CvT
+from cvt_flax.training import sharding
+from cvt_flax.training.evaluate import evaluate, make_eval_step
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+IMAGES, BATCH, CLASSES = 37, 8, 7  # the last batch is five images and three of padding
+ABSENT = 5  # a class without images
+
+
+class Linear(nn.Module):
+  """Logits linear in the pixels, which NumPy can check."""
+
+  num_classes: int = CLASSES
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    return nn.Dense(self.num_classes, name='head')(images.reshape(len(images), -1))
+
+
+def split(classes=CLASSES, images=IMAGES):
+  rng = np.random.default_rng(0)
+  label = rng.choice([c for c in range(classes) if c != ABSENT], images)
+  image = rng.integers(0, 256, (images, 8, 8, 3))
+  index = np.arange(images)
+  return resident.Arrays(image.astype(np.uint8), label.astype(np.int32), index.astype(np.int32))
+
+
+def weights(classes=CLASSES):
+  """Returns variables of Linear that take padding, which is black, for class 0, its label."""
+  rng = np.random.default_rng(1)
+  head = {'kernel': rng.normal(size=(192, classes)) * 0.02, 'bias': np.zeros(classes)}
+  black = -np.tile(np.array(MEAN) / STD, 64) @ head['kernel']
+  head['bias'][0] = black.max() - black[0] + 0.1
+  return {'params': {'head': jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), head)}}
+
+
+def expected(arrays, variables, classes=CLASSES):
+  head = jax.tree.map(lambda x: np.asarray(x, np.float64), variables['params']['head'])
+  pixels = (arrays.image / 255 - MEAN) / STD
+  logits = pixels.reshape(len(pixels), -1) @ head['kernel'] + head['bias']
+  order = np.argsort(-logits, axis=1)
+  hits = order == arrays.label[:, None]
+  log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  members = [arrays.label == c for c in range(classes)]
+  return {
+    'loss': pytest.approx(-log_p[np.arange(len(pixels)), arrays.label].mean(), rel=1e-5),
+    'top1': pytest.approx(hits[:, 0].mean(), rel=1e-6),
+    'top5': pytest.approx(hits[:, :5].any(1).mean(), rel=1e-6),
+    'images': len(pixels),
+    'per_class': [pytest.approx(hits[m, 0].mean(), rel=1e-6) if m.any() else None for m in members],
+  }
+
+
+def evaluated(model, variables, arrays, batch_size=BATCH, devices=1):
+  """Evaluates as a run does: the split on every device, each batch divided among them."""
+  mesh = sharding.make_mesh(devices)
+  step = make_eval_step(model, MEAN, STD)
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def eval_at(variables, arrays, position):
+    batch = resident.eval_batch(arrays, position, batch_size=batch_size)
+    return step(variables, jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh)))
+
+  placed = jax.device_put((variables, arrays), sharding.replicated(mesh))
+  return evaluate(eval_at(*placed, i) for i in range(-(-len(arrays.label) // batch_size)))
+
+
+@pytest.mark.parametrize('batch_size', [8, 37, 64], ids=['padded', 'one whole', 'one padded'])
+def test_metrics_are_numpys(batch_size):
+  arrays, variables = split(), weights()
+  found = evaluated(Linear(), variables, arrays, batch_size)
+  assert found == expected(arrays, variables)
+  assert 0 < found['top1'] < found['top5'] < 1
+
+
+def test_padding_would_have_been_a_hit():
+  """So the test above fails when padding counts: it is taken for class 0, which is its label."""
+  batch = resident.eval_batch(split(), 4, batch_size=BATCH)
+  assert batch['mask'].sum() == IMAGES - 32
+  step = make_eval_step(Linear(), MEAN, STD)
+  unmasked = evaluate([step(weights(), batch | {'mask': jnp.ones(BATCH)})])
+  masked = evaluate([step(weights(), batch)])
+  assert unmasked['images'] == BATCH and masked['images'] == IMAGES - 32
+  assert unmasked['top1'] > masked['top1']
+
+
+def test_per_class_shares_make_up_the_whole():
+  arrays = split()
+  found = evaluated(Linear(), weights(), arrays)
+  counts = np.bincount(arrays.label, minlength=CLASSES)
+  assert found['per_class'][ABSENT] is None and counts[ABSENT] == 0
+  shares = [share or 0 for share in found['per_class']]
+  assert shares @ counts / IMAGES == pytest.approx(found['top1'], rel=1e-6)
+
+
+def test_with_fewer_than_five_classes_top5_is_over_all():
+  arrays, variables = split(classes=3), weights(classes=3)
+  found = evaluated(Linear(num_classes=3), variables, arrays)
+  assert found == expected(arrays, variables, classes=3)
+  assert found['top5'] == 1 and found['top1'] < 1
+
+
+def test_an_evaluation_that_is_stopped_before_its_first_batch_has_no_metrics():
+  assert evaluate(iter(())) == {}
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'devices'), [(8, 8), (37, 1)], ids=['eight devices', 'one batch']
+)
+def test_neither_devices_nor_batches_change_anything(one_at_a_time, batch_size, devices):
+  model, variables, expected = one_at_a_time
+  found = evaluated(model, variables, split(), batch_size, devices)
+  assert found.pop('loss') == pytest.approx(expected['loss'], abs=2e-6)
+  assert found == {name: value for name, value in expected.items() if name != 'loss'}
+  assert found['images'] == IMAGES
+
+
+@pytest.fixture(scope='module')
+def one_at_a_time():
+  """(a CvT with batch norm and dropout, its variables, its metrics in batches of one image)."""
+  model = CvT(
+    num_classes=CLASSES,
+    embed_dims=(8,),
+    depths=(1,),
+    num_heads=(1,),
+    patch_sizes=(3,),
+    patch_strides=(2,),
+    patch_paddings=(1,),
+    mlp_ratios=(2.0,),
+    cls_token=(True,),
+    drop_rates=(0.5,),
+    drop_path_rates=(0.5,),
+  )
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  # Running statistics of which a batch's own would be far.
+  variables['batch_stats'] = jax.tree.map(lambda x: x + 0.5, variables['batch_stats'])
+  return model, variables, evaluated(model, variables, split(), batch_size=1)
