@@ -66,6 +66,7 @@ class ModelConfig:
   patch_sizes: tuple[int, ...] = key((), 'kernel of every embedding', low=1)
   patch_strides: tuple[int, ...] = key((), 'stride of every embedding', low=1)
   patch_paddings: tuple[int, ...] = key((), 'padding of every embedding', low=0)
+  mlp_ratios: tuple[float, ...] = key((), 'hidden channels of every MLP, by its stage', low=0.0)
   kv_strides: tuple[int, ...] = key((), 'stride of the keys and values of every stage', low=1)
   cls_token: tuple[bool, ...] = key((), 'whether each stage has a class token')
   projection: str = key('', "'dw_bn', 'avg' or 'linear'", allowed=('', 'dw_bn', 'avg', 'linear'))

@@ -198,6 +198,7 @@ def test_every_model_key_reaches_the_model():
     'patch_sizes': (5, 5, 5),
     'patch_strides': (3, 1, 1),
     'patch_paddings': (0, 0, 0),
+    'mlp_ratios': (1.0, 2.0, 3.0),
     'kv_strides': (1, 1, 3),
     'cls_token': (True, False, False),
     'projection': 'avg',

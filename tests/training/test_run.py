@@ -37,12 +37,16 @@ def get_config():
   config.log_every = 7
   config.tensorboard = False
   config.model.name = 'cvt-nano'
-  config.model.embed_dims = (8, 8, 8)
-  config.model.num_heads = (1, 1, 1)
-  config.model.depths = (1, 1, 1)
-  config.model.patch_strides = (2, 1, 1)
-  config.model.drop_rates = (0.1, 0.0, 0.1)
-  config.model.drop_path_rates = (0.0, 0.0, 0.2)
+  config.model.embed_dims = (8, 8)
+  config.model.depths = (1, 1)
+  config.model.num_heads = (1, 1)
+  config.model.mlp_ratios = (2.0, 2.0)
+  config.model.patch_sizes = (3, 3)
+  config.model.patch_strides = (2, 1)
+  config.model.patch_paddings = (1, 1)
+  config.model.cls_token = (False, True)
+  config.model.drop_rates = (0.1, 0.0)
+  config.model.drop_path_rates = (0.0, 0.2)
   config.model.bn_group_size = 4
   config.optimizer.accumulate_steps = 2
   config.optimizer.ema_decay = 0.8
@@ -116,7 +120,7 @@ def test_a_run_learns_and_says_what_it_did(trained, capsys):
   record = json.loads((folder / 'experiment.json').read_text())
   assert record['config']['source'] == config.source
   assert record['hardware']['versions']['jax'] == jax.__version__
-  assert 'stage2' in (folder / 'parameters.txt').read_text()
+  assert 'stage1' in (folder / 'parameters.txt').read_text()
 
 
 def test_a_finished_run_is_left_alone(trained, capsys):
@@ -221,11 +225,11 @@ def test_holdout_0_trains_on_everything_and_reports_the_last_checkpoint(config, 
     ({'mesh.data': 9}, 'mesh.data=9: there are 8 devices'),
     ({'eval.batch_size': 10}, 'eval.batch_size=10 does not divide over 8 devices: 8 or 16 would'),
     ({'batch_size': 1600}, 'batch_size=1600: .* has only 180 images'),
-    ({'model.kv_strides': (4, 1, 1)}, 'leaves stage 0 of the model a single key'),
-    ({'image_size': 1, 'model.patch_strides': (8, 8, 8), 'model.patch_paddings': (0, 0, 0)},
+    ({'model.kv_strides': (4, 1)}, 'leaves stage 0 of the model a single key'),
+    ({'image_size': 1, 'model.patch_strides': (8, 8), 'model.patch_paddings': (0, 0)},
      'image_size=1: too small, stage 0'),
     ({'model.name': 'cvt-nona'}, "did you mean 'cvt-nano'?"),
-    ({'model.num_heads': (1, 3, 1)}, 'num_heads=.* 3 heads do not divide the 8 channels of stage 1'),
+    ({'model.num_heads': (1, 3)}, 'num_heads=.* 3 heads do not divide the 8 channels of stage 1'),
     ({'source': 'npz:nowhere.npz'}, 'nowhere.npz'),
     ({'model.bn_group_size': 5}, 'bn_group_size=5 does not divide batch_size=16'),
   ],
@@ -246,24 +250,15 @@ def test_wrong_input_is_told_before_anything_is_written(config, tmp_path, change
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
   config, tmp_path
 ):
-  config.epochs = 1
-  loop.run(config, tmp_path)
-  config.epochs, config.optimizer.clip_norm = 1, 0.0
-
-  diverging = config.copy_and_resolve_references()
-  diverging.optimizer.name, diverging.optimizer.warmup_epochs = 'sgd', 0.0
-  diverging.learning_rate, diverging.optimizer.weight_decay = 1e30, 0.0
-  diverging.checkpoint.every_steps = 1
+  config.optimizer.name, config.optimizer.warmup_epochs = 'sgd', 0.0
+  config.learning_rate, config.optimizer.weight_decay = 1e30, 0.0
+  config.checkpoint.every_steps = 1
   with pytest.raises(Diverged, match=r'at (or before )?step [2-6]: the checkpoint of step \d is'):
-    loop.run(diverging, tmp_path / 'diverging')
-  kept = [int(p.name) for p in (tmp_path / 'diverging' / 'checkpoints').iterdir()]
-  assert kept
-  step = max(kept)
-  with ocp.CheckpointManager(tmp_path / 'diverging' / 'checkpoints') as manager:
-    restored = manager.restore(
-      step, args=ocp.args.Composite(model=ocp.args.StandardRestore())
-    )['model']
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored['batch_stats']))
+    loop.run(config, tmp_path)
+  with ocp.CheckpointManager(tmp_path / 'checkpoints') as manager:
+    args = ocp.args.Composite(model=ocp.args.StandardRestore())
+    kept = manager.restore(manager.latest_step(), args=args)['model']
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept['batch_stats']))
 
 
 def test_imagenet_takes_a_real_step_on_stand_in_arrays(tmp_path):
@@ -333,7 +328,7 @@ def _kill_after(process, folder, step, number):
 def test_killed_three_times_it_ends_with_the_same_bytes(config_file, clean_env, tmp_path):
   """kill -9 in mid-epoch, and the same command again: as if it had never been killed."""
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  environment = clean_env | {'JAX_PLATFORMS': 'cpu'}
+  environment = {**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
   subprocess.run(_command(config_file, whole), env=environment, check=True, capture_output=True)
 
   step = 0
@@ -353,7 +348,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(config_file, clean_env, 
 
 
 def test_sigterm_saves_exits_75_and_the_run_goes_on(config_file, clean_env, tmp_path, trained):
-  environment = clean_env | {'JAX_PLATFORMS': 'cpu'}
+  environment = {**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
   process = subprocess.Popen(
     _command(config_file, tmp_path / 'run'), env=environment, stderr=subprocess.PIPE, text=True
   )
