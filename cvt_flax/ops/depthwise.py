@@ -110,9 +110,11 @@ def shifted_gradient(x, kernel, g, *, stride, padding):
   ]
   zeros = [jnp.zeros((), jnp.float32)] * len(products)
   taps = lax.reduce(
-    products, zeros, lambda a, b: [m + n for m, n in zip(a, b, strict=True)], (0, 1, 2)
+    products, zeros, lambda a, b: [m + n for m, n in zip(a, b, strict=True)], (1, 2)
   )
-  return dx, jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+  # The batch last, and by itself: over devices this is then part of the step's one all-reduce,
+  # where a reduction of many operands would be an all-gather for each of them.
+  return dx, jnp.stack(taps).sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _pad(x, padding):

@@ -49,7 +49,8 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, val_top1: float | None) -> None:
     """Starts writing a checkpoint; the state may be donated once this returns.
 
-    One of the same step is replaced: a signal during an evaluation saved it without its metric.
+    One of the same step is replaced: a signal during an evaluation saved it without its metric,
+    and Orbax cannot add one. Until the new one is whole the one before it is the latest.
     """
     if step in self._manager.all_steps():
       self._manager.wait_until_finished()

@@ -1,8 +1,11 @@
 """The command line of train.py: flags, errors in one line, exit codes."""
 
 import ast
+import itertools
 import pathlib
+import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -14,6 +17,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='the experiment,
 _WORKDIR = flags.DEFINE_string('workdir', '', 'the run folder; by default runs/NAME-seedN')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'what to do')
 _LIST = flags.DEFINE_bool('list-configs', False, 'list the experiments that come along')
+_CONFIG_IS_NEEDED = '--config=configs/NAME.py is needed; --list-configs lists them, --help explains'
 
 
 def main() -> None:
@@ -43,18 +47,13 @@ def _main(argv):
   if _LIST.value:
     print('\n'.join(_described_configs()))
     return
+  path = _config_path(sys.argv)
   if _CONFIG.value is None:
-    raise UserError(
-      '--config=configs/NAME.py is needed; --list-configs lists them, --help explains'
-    )
+    raise UserError(f'{path}: get_config() returns nothing' if path else _CONFIG_IS_NEEDED)
   try:
-    config = _CONFIG.value.copy_and_resolve_references()  # raises what the file itself raised
-  except UserError:
-    raise
-  except Exception as e:
-    raise _config_error(e) from e
-  # Orbax tells of every file, and warns of checkpoints between evaluations, which have no metric.
-  logging.set_verbosity(logging.ERROR)
+    config = _CONFIG.value.copy_and_resolve_references()
+  except OSError as e:  # of the file's own; config_flags keeps it until now
+    raise _config_error(path, e.__cause__) from e
   from cvt_flax.training.loop import run  # here, so that a wrong flag is told at once
 
   run(config, _WORKDIR.value, _MODE.value)
@@ -65,28 +64,56 @@ def _parse(argv):
   if {'--help', '-help', '-h', '--helpfull', '--helpshort'} & set(argv[1:]):
     print('\n'.join(_help()))
     sys.exit(0)
+  path = _config_path(argv)
   known = {name for name, _, _ in keys()}
   groups = {name.partition('.')[0] for name in known if '.' in name}
   for argument in argv[1:]:
     flag = argument.lstrip('-').partition('=')[0]
     name = flag.removeprefix('no').removeprefix('config.')
-    if flag.startswith(('config.', 'noconfig.')) and name not in known | groups:
-      raise unknown_key(name)
+    if flag.startswith(('config.', 'noconfig.')):
+      if name not in known | groups:
+        raise unknown_key(name)
+      if not path:
+        raise UserError(_CONFIG_IS_NEEDED)
+  if path and not path.is_file():
+    shipped = [str(p) for p in _configs()]
+    raise UserError(f'--config={path}: there is no such file{nearest(str(path), shipped)}')
+  # Orbax tells of every file, and warns of checkpoints between evaluations, which have no metric.
+  logging.set_verbosity(logging.ERROR)
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError) as e:
-    raise UserError(' '.join(str(e).split())) from e
+  except UserError:
+    raise
+  except flags.Error as e:
+    if 'Error whilst parsing config file' not in str(e):
+      raise UserError(_one_line(e)) from e
+    # config_flags and absl have each wrapped what the file raised, with its whole traceback.
+    raise _config_error(path, e.__context__.__context__) from e
+  except Exception as e:
+    raise _config_error(path, e) from e
 
 
-def _config_error(error):
-  """Returns the UserError for a config file that cannot be read or run."""
-  path = pathlib.Path(flags.FLAGS['config'].config_filename.partition(':')[0])
-  if not path.exists():
-    shipped = [str(p) for p in _configs()]
-    return UserError(f'--config={path}: there is no such file{nearest(str(path), shipped)}')
-  if isinstance(error, AttributeError):
-    return UserError(f'{path}: {" ".join(str(error).split())}')
-  return UserError(f'{path}: {type(error).__name__}: {" ".join(str(error).split())}')
+def _config_path(argv):
+  """Returns the path of --config=PATH[:VARIANT]; None where it is not given."""
+  for argument, following in itertools.zip_longest(argv[1:], argv[2:], fillvalue=''):
+    flag, equals, value = argument.partition('=')
+    if flag in ('--config', '-config'):
+      return pathlib.Path((value if equals else following).partition(':')[0])
+  return None
+
+
+def _config_error(path, error):
+  """Returns the UserError for what a config file raised."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if pathlib.Path(f.filename).absolute() == path.absolute()]
+  where = f'{path}, line {lines[-1]}' if lines else path
+  return UserError(f'{where}: {type(error).__name__}: {_one_line(error)}')
+
+
+def _one_line(error):
+  """Returns an error's message on one line, less the list of all keys that ml_collections adds."""
+  text = re.sub(r'Other fields present: ".*"(\n|\\n|$)', '', str(error), flags=re.DOTALL)
+  return ' '.join(text.split())
 
 
 def _configs():

@@ -46,6 +46,11 @@ _BOTH_MIXINGS = (
   lambda c: c.augment.mixup and c.augment.cutmix,
   'augment.mixup and augment.cutmix are both on',
 )
+_TFDS = (lambda c: c.source.startswith('tfds:'), 'source is tfds:NAME')
+_ENCODED = (
+  lambda c: c.source.startswith(('tfds:', 'folder:')),
+  'source is tfds:NAME or folder:DIR, whose images have to be decoded',
+)
 _WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')
 
 
@@ -178,8 +183,10 @@ class TrainConfig:
   name: str = key('', 'of the experiment; names the run folder')
   seed: int = key(0, 'of everything that is random', low=0)
   source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, npz:FILE or digits')
-  data_dir: str = key('', "where TFDS keeps its data sets; '': its own default")
-  skip_unreadable: bool = key(False, 'leave out images that cannot be decoded, and count them')
+  data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=_TFDS)
+  skip_unreadable: bool = key(
+    False, 'leave out images that cannot be decoded, and count them', used=_ENCODED
+  )
   image_size: int = key(224, 'height and width, in pixels', low=1)
   crop_ratio: float = key(1.0, 'centre share of the resized image that is kept', low=0.1, high=1.0)
   mean: tuple[float, ...] = key(
@@ -342,6 +349,10 @@ def _check_milestones(c: TrainConfig):
     raise UserError('optimizer.milestones=(): a multistep schedule needs at least one')
   if list(milestones) != sorted(set(milestones)):
     raise UserError(f'optimizer.milestones={milestones!r}: rising epochs are needed')
+  if milestones and milestones[-1] >= c.epochs:
+    raise UserError(
+      f'optimizer.milestones={milestones!r}: epochs before the end, at {c.epochs}, are needed'
+    )
 
 
 def _check_ema(c: TrainConfig):
@@ -357,6 +368,8 @@ def _check_groups(c: TrainConfig):
     return
   if c.batch_size % k:
     raise UserError(f'optimizer.accumulate_steps={k} does not divide batch_size={c.batch_size}')
+  if c.model.projection in ('avg', 'linear'):  # no batch norm, no groups
+    return
   if not size:
     raise UserError(
       f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '

@@ -79,10 +79,9 @@ def evaluate(batch_metrics: Iterable[EvalMetrics]) -> dict:
   Fractions are from 0 to 1; 'images' is how many were counted, 'per_class' a list with one share a
   class, None for a class without images. Without a batch the result is {}.
   """
-  merge = jax.jit(lambda a, b: a.merge(b))
   total = None
   for metrics_of_batch in batch_metrics:
-    total = metrics_of_batch if total is None else merge(total, metrics_of_batch)
+    total = metrics_of_batch if total is None else _merge(total, metrics_of_batch)
   if total is None:
     return {}
   total = jax.device_get(total)
@@ -96,3 +95,8 @@ def evaluate(batch_metrics: Iterable[EvalMetrics]) -> dict:
       float(h / n) if n else None for h, n in zip(total.per_class.hits, counts, strict=True)
     ],
   }
+
+
+@jax.jit
+def _merge(a, b):
+  return a.merge(b)

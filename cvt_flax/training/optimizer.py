@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cvt_flax.errors import UserError
 from cvt_flax.training.config import OptimizerConfig
 
 
@@ -21,7 +22,14 @@ def make_schedule(
 
   The cosine runs over all epochs, the warm-up's included, and the warm-up replaces its beginning,
   as timm's CosineLRScheduler does without warmup_prefix.
+
+  Raises:
+    UserError: when the cosine would rise.
   """
+  if config.schedule == 'cosine' and config.min_learning_rate > peak:
+    raise UserError(
+      f'optimizer.min_learning_rate={config.min_learning_rate} is above the highest rate, {peak}'
+    )
   match config.schedule:
     case 'cosine':
       floor = config.min_learning_rate / peak if peak else 0.0
@@ -29,7 +37,8 @@ def make_schedule(
     case 'constant':
       after = optax.constant_schedule(peak)
     case 'multistep':
-      boundaries = {round(m * steps_per_epoch): config.gamma for m in config.milestones}
+      steps = [round(m * steps_per_epoch) for m in config.milestones]
+      boundaries = {step: config.gamma ** steps.count(step) for step in steps}
       after = optax.piecewise_constant_schedule(peak, boundaries)
   warmup_steps = round(config.warmup_epochs * steps_per_epoch)
   before = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_steps, 1))

@@ -15,7 +15,7 @@ from cvt_flax.models.geometry import multiply_adds, stage_geometry
 from cvt_flax.models.zoo import create_model
 from cvt_flax.training import experiment, hardware, sharding
 from cvt_flax.training.checkpoint import Checkpoints
-from cvt_flax.training.config import ModelConfig, TrainConfig
+from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
 from cvt_flax.training.evaluate import evaluate, make_eval_step
 from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
 from cvt_flax.training.progress import Progress
@@ -75,6 +75,12 @@ class Setup:
     self.experiment = experiment.Experiment(config, self.dataset.class_names)
     if saved:
       experiment.check_classes(folder, saved, self.experiment)
+    unused_holdout = self.dataset.validation is not None and not self.dataset.held_out.size
+    if unused_holdout and config.eval.holdout != EvalConfig().holdout:
+      raise UserError(
+        f'eval.holdout={config.eval.holdout} has no effect: {config.source} brings a validation '
+        'split of its own'
+      )
     self.model = build_model(config.model, len(self.dataset.class_names))
 
     eval_step = make_eval_step(self.model, config.mean, config.std)

@@ -147,7 +147,8 @@ def make_train_step(
     # Microbatch j takes the groups j, j + k, ...: every device has its share of each of them.
     # All start from the same running statistics, whose mean is what the whole batch would give.
     def split(x):
-      return rearrange(x, '(i k g) ... -> k (i g) ...', k=accumulate_steps, g=groups)
+      # Without groups there is no batch norm, and an image is a group of its own.
+      return rearrange(x, '(i k g) ... -> k (i g) ...', k=accumulate_steps, g=groups or 1)
 
     def microbatch(total, inputs):
       j, images, targets = inputs

@@ -15,7 +15,6 @@ import pytest
 
 from cvt_flax.errors import Diverged, Interrupted, UserError
 from cvt_flax.training import loop
-from cvt_flax.training.config import get_config
 from cvt_flax.training.metrics import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -226,8 +225,10 @@ def test_holdout_0_trains_on_everything_and_reports_the_last_checkpoint(config, 
     ({'eval.batch_size': 10}, 'eval.batch_size=10 does not divide over 8 devices: 8 or 16 would'),
     ({'batch_size': 1600}, 'batch_size=1600: .* has only 180 images'),
     ({'model.kv_strides': (4, 1)}, 'leaves stage 0 of the model a single key'),
-    ({'image_size': 1, 'model.patch_strides': (8, 8), 'model.patch_paddings': (0, 0)},
-     'image_size=1: too small, stage 0'),
+    (
+      {'image_size': 1, 'model.patch_strides': (8, 8), 'model.patch_paddings': (0, 0)},
+      'image_size=1: too small, stage 0',
+    ),
     ({'model.name': 'cvt-nona'}, "did you mean 'cvt-nano'?"),
     ({'model.num_heads': (1, 3)}, 'num_heads=.* 3 heads do not divide the 8 channels of stage 1'),
     ({'source': 'npz:nowhere.npz'}, 'nowhere.npz'),
@@ -284,14 +285,20 @@ def test_imagenet_takes_a_real_step_on_stand_in_arrays(tmp_path):
   config.tensorboard = False
   result = loop.run(config, tmp_path / 'run')
   assert np.isfinite(result['val/loss'])
-  rates = [m['train/learning_rate'] for m in read_metrics(tmp_path / 'run' / 'metrics.jsonl')
-           if 'train/learning_rate' in m]
+  rates = [
+    m['train/learning_rate']
+    for m in read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+    if 'train/learning_rate' in m
+  ]
   np.testing.assert_allclose(rates[-1], 0.002 * 8 / 2048, rtol=0.9)
 
 
 def _command(config_file, folder):
   return [
-    sys.executable, str(REPOSITORY / 'train.py'), f'--config={config_file}', f'--workdir={folder}'
+    sys.executable,
+    str(REPOSITORY / 'train.py'),
+    f'--config={config_file}',
+    f'--workdir={folder}',
   ]
 
 
