@@ -127,7 +127,8 @@ class Attention(nn.Module):
         stacklevel=2,
       )
 
-    dropout = nn.Dropout(o.attn_drop_rate, deterministic=not train)
+    drop = train and o.attn_drop_rate > 0
+    dropout = nn.Dropout(o.attn_drop_rate, deterministic=False) if drop else None
     q, k, v = project('q', q), project('k', k), project('v', v)
     x = rearrange(attention(q, k, v, o.scale, dropout), 'b n h d -> b n (h d)')
     x = nn.Dense(o.embed_dim, o.out_bias, dtype=self.dtype, kernel_init=dense_init, name='proj')(x)

@@ -1,11 +1,17 @@
-"""Scaled dot-product attention."""
+"""Scaled dot-product attention, in the form that the platform runs best."""
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
+
+# Above this many bytes of scores an image, they are better computed twice than written to memory:
+# about what a CPU core's second-level cache holds. benchmarks/README.md has the measurement.
+_CACHE = 2**20
 
 
 def attention(
@@ -13,28 +19,82 @@ def attention(
   k: Float[Array, 'b s h d'],
   v: Float[Array, 'b s h d'],
   scale: float,
-  dropout: Callable[[Array], Array] = lambda weights: weights,
+  dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, 'b t h d']:
   """Returns, for every query, the mean of the values weighted by softmax(scale q k^T).
 
-  The softmax's division comes after the product with the values, where it is over d numbers a
-  query in place of s.
+  On CPU, long rows of scores are computed image by image, so that they stay in the cache, and again
+  for the gradient. Elsewhere, and with dropout, all scores are computed at once. The numbers agree.
 
   Args:
     q: queries.
     k: keys.
     v: values.
     scale: what the scores are multiplied by before the softmax.
-    dropout: applied to the weights.
+    dropout: applied to the weights; None for none.
 
   Returns:
     The weighted values in v's dtype; scores and softmax are float32 whatever the inputs are.
   """
-  scores = jnp.einsum('bthd,bshd->bhts', q * scale, k, preferred_element_type=jnp.float32)
-  # The largest score is taken off against overflow; the result does not depend on it.
+  _, t, h, _ = q.shape
+  whole = functools.partial(at_once, scale=scale, dropout=dropout)
+  if dropout or 4 * t * k.shape[1] * h <= _CACHE:
+    return whole(q, k, v)
+  return lax.platform_dependent(q, k, v, cpu=lambda *x: image_by_image(*x, scale), default=whole)
+
+
+def at_once(q, k, v, *, scale, dropout=None):
+  """The form for accelerators and short rows: two batched products.
+
+  The softmax's division comes after the second, where it is over d numbers a query in place of s.
+  """
+  scores = _product('bthd,bshd->bhts', q * scale, k)
   weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  mixed = jnp.einsum(
-    'bhts,bshd->bhtd', dropout(weights).astype(v.dtype), v, preferred_element_type=jnp.float32
-  )
+  if dropout:
+    weights = dropout(weights)
+  mixed = _product('bhts,bshd->bhtd', weights.astype(v.dtype), v)
   return rearrange((mixed / total).astype(v.dtype), 'b h t d -> b t h d')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def image_by_image(q, k, v, scale):
+  """The form for CPU and long rows."""
+  return _forward(q, k, v, scale)[0]
+
+
+def _forward(q, k, v, scale):
+  def image(inputs):
+    q, k, v = inputs
+    scores = _product('thd,shd->hts', q * scale, k)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = _product('hts,shd->htd', weights.astype(v.dtype), v) / total
+    return rearrange(mixed.astype(v.dtype), 'h t d -> t h d'), top + jnp.log(total)
+
+  out, log_total = lax.map(image, (q, k, v))
+  return out, (q, k, v, out, log_total)
+
+
+def _backward(scale, residuals, g):
+  def image(inputs):
+    q, k, v, out, log_total, g = inputs
+    weights = jnp.exp(_product('thd,shd->hts', q * scale, k) - log_total)
+    dv = _product('hts,thd->shd', weights.astype(v.dtype), g)
+    # Through the softmax: its gradient takes off the mean of dweights, which is g . out.
+    dweights = _product('thd,shd->hts', g, v)
+    dscores = weights * (dweights - _product('thd,thd->ht', g, out)[..., None])
+    dscores = dscores.astype(q.dtype)
+    dq = scale * _product('hts,shd->thd', dscores, k)
+    dk = _product('hts,thd->shd', dscores, q * scale)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+  return lax.map(image, (*residuals, g))
+
+
+image_by_image.defvjp(_forward, _backward)
+
+
+def _product(equation, a, b):
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -5,6 +5,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from cvt_flax.errors import UserError
 from cvt_flax.training.step import TrainState
 
 _BEST = 'val/top1'
@@ -18,7 +19,7 @@ class Checkpoints:
   one with the highest validation top-1. A checkpoint appears under its name only when it is whole.
   """
 
-  def __init__(self, folder: pathlib.Path, keep: int):
+  def __init__(self, folder: pathlib.Path, keep: int, read_only: bool = False):
     policies = ocp.checkpoint_managers
     # best_fn alone would let retention delete the newest checkpoint, the policy alone would not
     # write the metrics that it reads: both are needed.
@@ -34,7 +35,10 @@ class Checkpoints:
           ),
         ]
       ),
-      cleanup_tmp_directories=True,
+      # Another process may be writing here: who only reads leaves its unfinished checkpoint alone.
+      cleanup_tmp_directories=not read_only,
+      create=not read_only,
+      read_only=read_only,
     )
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -67,7 +71,7 @@ class Checkpoints:
       abstract: jax.ShapeDtypeStructs with the shardings that are wanted.
     """
     items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-    restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    restored = self._restore(step, items)
     return abstract.replace(
       step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
       **restored['model'],
@@ -86,8 +90,16 @@ class Checkpoints:
     """
     name = 'ema' if averaged else 'model'
     abstract = {'params': abstract['params'], 'batch_stats': abstract.get('batch_stats', {})}
-    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
-    return self._manager.restore(step, args=args)[name]
+    return self._restore(step, {name: ocp.args.StandardRestore(abstract)})[name]
+
+  def _restore(self, step, items):
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (OSError, ValueError, KeyError) as e:
+      text = ' '.join(str(e).split())[:200]
+      raise UserError(
+        f'the checkpoint {self._manager.directory / str(step)} cannot be read: {text}'
+      ) from e
 
   def wait(self) -> None:
     """Returns when every checkpoint is on disk; raises what went wrong in the background."""

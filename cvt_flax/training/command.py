@@ -34,6 +34,8 @@ def main() -> None:
     _exit(e, 3)
   except Interrupted as e:
     _exit(e, e.exit_code)
+  except KeyboardInterrupt:  # before the first step, or a second time
+    _exit('Ctrl-C', 130)
 
 
 def _exit(error, code):

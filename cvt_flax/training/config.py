@@ -46,6 +46,14 @@ _BOTH_MIXINGS = (
   lambda c: c.augment.mixup and c.augment.cutmix,
   'augment.mixup and augment.cutmix are both on',
 )
+_NESTEROV = (
+  lambda c: c.optimizer.name == 'sgd' and c.optimizer.momentum > 0,
+  'optimizer.name is sgd and optimizer.momentum above 0',
+)
+_MOVING = (
+  lambda c: c.optimizer.schedule != 'constant' or c.optimizer.warmup_epochs > 0,
+  'optimizer.schedule is cosine or multistep, or optimizer.warmup_epochs above 0',
+)
 _TFDS = (lambda c: c.source.startswith('tfds:'), 'source is tfds:NAME')
 _ENCODED = (
   lambda c: c.source.startswith(('tfds:', 'folder:')),
@@ -74,6 +82,10 @@ class ModelConfig:
   mlp_ratios: tuple[float, ...] = key((), 'hidden channels of every MLP, by its stage', low=0.0)
   kv_strides: tuple[int, ...] = key((), 'stride of the keys and values of every stage', low=1)
   cls_token: tuple[bool, ...] = key((), 'whether each stage has a class token')
+  qkv_kernels: tuple[int, ...] = key((), 'kernel of the projections of every stage', low=1)
+  head_dim: int = key(0, "channels of a head; 0: the stage's, divided by its heads", low=0)
+  attention_scale: str = key('', "'embed_dim' or 'head_dim'", allowed=('', 'embed_dim', 'head_dim'))
+  activation: str = key('', "'quick_gelu' or 'gelu'", allowed=('', 'quick_gelu', 'gelu'))
   projection: str = key('', "'dw_bn', 'avg' or 'linear'", allowed=('', 'dw_bn', 'avg', 'linear'))
   pool: str = key('', "'cls' or 'mean'", allowed=('', 'cls', 'mean'))
   drop_rates: tuple[float, ...] = key((), 'dropout of every stage', low=0.0)
@@ -103,12 +115,14 @@ class OptimizerConfig:
   momentum: float = key(
     0.9, 'decay of the velocity', low=0.0, high=1.0, used=_optimizer_is('sgd', 'rmsprop')
   )
-  nesterov: bool = key(False, "Nesterov's momentum", used=_optimizer_is('sgd'))
+  nesterov: bool = key(False, "Nesterov's momentum", used=_NESTEROV)
   rms_decay: float = key(
     0.99, 'decay of the squared gradient', low=0.0, high=1.0, used=_optimizer_is('rmsprop')
   )
   schedule: str = key('cosine', 'of the learning rate', allowed=('cosine', 'constant', 'multistep'))
-  schedule_per: str = key('step', 'how often the learning rate moves', allowed=('step', 'epoch'))
+  schedule_per: str = key(
+    'step', 'how often the learning rate moves', allowed=('step', 'epoch'), used=_MOVING
+  )
   warmup_epochs: float = key(0.0, 'epochs of linear warm-up', low=0.0)
   warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=_WARMUP)
   min_learning_rate: float = key(0.0, 'where the cosine ends', low=0.0, used=_schedule_is('cosine'))
@@ -181,7 +195,7 @@ class TrainConfig:
   """A run."""
 
   name: str = key('', 'of the experiment; names the run folder')
-  seed: int = key(0, 'of everything that is random', low=0)
+  seed: int = key(0, 'of everything that is random', low=0, high=2**32 - 1)
   source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, npz:FILE or digits')
   data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=_TFDS)
   skip_unreadable: bool = key(
@@ -355,9 +369,10 @@ def _check_milestones(c: TrainConfig):
     )
 
 
-def _check_ema(c: TrainConfig):
-  if c.optimizer.ema_decay == 1:
-    raise UserError('optimizer.ema_decay=1.0: the average would never move; below 1 is needed')
+def _check_decays(c: TrainConfig):
+  for name in ('beta1', 'beta2', 'momentum', 'rms_decay', 'ema_decay'):
+    if getattr(c.optimizer, name) == 1:
+      raise UserError(f'optimizer.{name}=1.0: such an average never moves; below 1 is needed')
 
 
 def _check_groups(c: TrainConfig):
@@ -387,6 +402,6 @@ _CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_channels,
   _check_warmup,
   _check_milestones,
-  _check_ema,
+  _check_decays,
   _check_groups,
 )

@@ -1,6 +1,8 @@
 """experiment.json: which experiment a run folder belongs to."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -11,9 +13,11 @@ from cvt_flax.errors import UserError
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
 
-# What may differ when a run goes on: these do not change what is computed, or only add epochs.
+# What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, which
+# may be raised; the learning rate then follows the longer schedule from there on.
 _FREE = (
   'data_dir',
+  'skip_unreadable',
   'log_every',
   'closing_note',
   'tensorboard',
@@ -23,7 +27,7 @@ _FREE = (
 )
 _FREE_GROUPS = ('mesh.', 'checkpoint.')
 # What may differ besides when a run is only evaluated.
-_FREE_IN_EVALUATION = ('source', 'batch_size', 'skip_unreadable')
+_FREE_IN_EVALUATION = ('source', 'batch_size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +37,17 @@ class Experiment:
   Attributes:
     config: the config it was started with.
     class_names: what the logits stand for.
+    data: the digest of the images that are trained on and validated with.
   """
 
   config: TrainConfig
   class_names: tuple[str, ...]
+  data: str
+
+
+def digest(*arrays: np.ndarray) -> str:
+  """Returns a digest of labels and indices: another when images are added, left out or moved."""
+  return hashlib.sha256(b'|'.join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
 
 
 def read(folder: pathlib.Path) -> Experiment | None:
@@ -46,9 +57,52 @@ def read(folder: pathlib.Path) -> Experiment | None:
     return None
   try:
     record = json.loads(path.read_text())
-    return Experiment(freeze(record['config']), tuple(record['class_names']))
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise UserError(f'{path} cannot be read ({e}): is this a run folder of cvt_flax?') from e
+    return Experiment(freeze(record['config']), tuple(record['class_names']), record['data'])
+  except (OSError, ValueError, KeyError, TypeError, UserError) as e:
+    raise UserError(
+      f'{path} is damaged, or of another version ({type(e).__name__}: {e}): give another --workdir'
+    ) from e
+
+
+def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> None:
+  """Checks that a run folder can be read, and in training be written to.
+
+  Raises:
+    UserError: it holds no run where one is needed, something else, or is out of reach.
+  """
+  if evaluation:
+    if not holds_run:
+      raise UserError(f'{folder} holds no run to evaluate')
+    return
+  nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+  if not nearest.is_dir():
+    raise UserError(f'--workdir={folder}: {nearest} is not a folder')
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise UserError(f'--workdir={folder}: {nearest} is not writable')
+  if not holds_run and folder.exists() and any(folder.iterdir()):
+    raise UserError(f'{folder} is not empty and holds no run: give another --workdir')
+
+
+@contextlib.contextmanager
+def only_one(folder: pathlib.Path):
+  """Keeps a second process from training in the same folder, while the block lasts."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'--workdir={folder}: {e.strerror}') from e
+  try:
+    import fcntl
+  except ImportError:  # Windows
+    yield
+    return
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  except BlockingIOError as e:
+    raise UserError(f'another process is training in {folder}') from e
+  finally:
+    os.close(handle)
 
 
 def write(folder: pathlib.Path, experiment: Experiment, held_out: np.ndarray) -> None:
@@ -58,6 +112,7 @@ def write(folder: pathlib.Path, experiment: Experiment, held_out: np.ndarray) ->
     {
       'config': to_dict(experiment.config),
       'class_names': experiment.class_names,
+      'data': experiment.data,
       'hardware': describe(),
     },
   )
@@ -98,13 +153,24 @@ def check_config(
     )
 
 
-def check_classes(folder: pathlib.Path, saved: Experiment, now: Experiment) -> None:
+def check_classes(
+  folder: pathlib.Path, saved: Experiment, source: str, class_names: tuple[str, ...]
+) -> None:
   """Raises a UserError when the data's classes are not those that the run was trained on."""
-  if now.class_names != saved.class_names:
+  if class_names != saved.class_names:
     raise UserError(
-      f'{now.config.source} has {len(now.class_names)} classes ({_few(now.class_names)}), the '
+      f'{source} has {len(class_names)} classes ({_few(class_names)}), the '
       f'checkpoint in {folder} was trained on {len(saved.class_names)} '
       f'({_few(saved.class_names)}): the same classes in the same order are needed'
+    )
+
+
+def check_data(folder: pathlib.Path, saved: Experiment, now: Experiment) -> None:
+  """Raises a UserError when the images are not those that the run was started with."""
+  if now.data != saved.data:
+    raise UserError(
+      f'the images of {now.config.source} have changed since the run in {folder} was started, and '
+      'some that it was trained on might now be validated with: give another --workdir'
     )
 
 

@@ -9,7 +9,7 @@ import time
 import jax
 import ml_collections
 
-from cvt_flax.errors import Diverged, Interrupted, UserError
+from cvt_flax.errors import Diverged, UserError
 from cvt_flax.training import experiment
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
@@ -57,16 +57,18 @@ def run(
 
 def _train(config, folder):
   training = TrainingSetup(config, folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  experiment.write(folder, training.experiment, training.dataset.held_out)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(experiment.only_one(folder))
+    experiment.write(folder, training.experiment, training.dataset.held_out)
     checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step() or 0
-    last = read_metrics(folder / 'metrics.jsonl')[-1:]
-    if start == training.total_steps and last and 'checkpoint' in last[0]:
-      print(f'{folder} is finished')
-      return _report(training, last[0])
+    metrics = folder / 'metrics.jsonl'
+    if start == training.total_steps:
+      for line in read_metrics(metrics):
+        if line['step'] == start and 'checkpoint' in line:
+          print(f'{folder} is finished')
+          return _report(training, _with_validation(line, metrics))
     state = training.init()
     training.describe(state)
     if start:
@@ -79,7 +81,8 @@ def _train(config, folder):
     stack.callback(writer.close)
     signals = stack.enter_context(Signals())
     _take_steps(training, state, start, checkpoints, writer, signals)
-    return _report(training, _finish(training, checkpoints, writer, signals))
+    values = _finish(training, checkpoints, writer, signals)
+    return _report(training, _with_validation(values, metrics))
 
 
 def _take_steps(training, state, start, checkpoints, writer, signals):
@@ -97,11 +100,12 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
         raise Diverged(f'the loss is {loss} at step {step}: {kept()}')
       progress.step(step, loss)
 
-  def check_gradients(step):
-    """Looks at the gradients since the last line of metrics: one that is not finite shows there."""
-    norm = state.window.gradient_norm
-    if norm.count and not math.isfinite(float(norm.total)):
-      raise Diverged(f'a gradient is not finite at or before step {step}: {kept()}')
+  def check_norms(step):
+    """Looks at gradients, updates and parameters: what was not finite since the last line shows."""
+    for name in ('gradient_norm', 'update_norm', 'parameter_norm'):
+      norm = float(getattr(state.window, name).total)
+      if not math.isfinite(norm):
+        raise Diverged(f'the {name} is {norm} at or before step {step}: {kept()}')
 
   def kept():
     last = checkpoints.latest_step()
@@ -112,7 +116,7 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
 
   def write_window(step):
     """Writes the training metrics since the last such line; returns the state with none."""
-    check_gradients(step)
+    check_norms(step)
     window = jax.device_get(state.window).compute()
     values = {f'train/{name}': float(value) for name, value in window.items()}
     values['train/images_per_sec'] = progress.images_per_second()
@@ -121,7 +125,7 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
     return state.replace(window=jax.device_put(TrainMetrics.empty(), training.replicated))
 
   def save(step, val_top1=None):
-    check_gradients(step)
+    check_norms(step)
     checkpoints.save(step, state, val_top1)
 
   def validate(step):
@@ -129,6 +133,8 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
     metrics = training.evaluate(state.variables, training.val_arrays, signals)
     if metrics is None:
       return False
+    if not math.isfinite(metrics['loss']):
+      raise Diverged(f'the validation loss is {metrics["loss"]} after step {step}: {kept()}')
     values = {f'val/{name}': value for name, value in metrics.items()}
     writer.write(step, step / training.steps_per_epoch, values)
     progress.say(
@@ -142,11 +148,11 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
     if checkpoints.latest_step() != step:
       save(step)
     checkpoints.wait()
-    return signals.interruption(step)
+    return signals.interruption(f'saved step {step}; the same command goes on from there')
 
   # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
-  recorded = read_metrics(training.folder / 'metrics.jsonl')[-1:]
-  evaluated = any('val/top1' in line for line in recorded)
+  lines = read_metrics(training.folder / 'metrics.jsonl')
+  evaluated = any(line['step'] == start and 'val/top1' in line for line in lines)
   if start and training.eval_is_due(start) and not evaluated and not validate(start):
     raise interrupted(start)
 
@@ -157,12 +163,12 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
       order = training.order(epoch)
     began = time.perf_counter()
     state, loss = training.step(state, training.train_arrays, order)
-    if step == start:  # compiles
-      progress.say(f'first step: loss {loss:.4f}, after {time.perf_counter() - began:.1f} s')
-      progress.start()
     done = step + 1
     pending.append((done, loss))
-    settle(_STEPS_AHEAD)
+    settle(_STEPS_AHEAD if step > start else 0)
+    if step == start:  # it compiled, which is not counted
+      progress.say(f'first step: loss {loss:.4f}, after {time.perf_counter() - began:.1f} s')
+      progress.start()
 
     last = done == training.total_steps
     save_is_due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
@@ -186,19 +192,22 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
 
 def _finish(training, checkpoints, writer, signals):
   """Reports the best checkpoint: on the test split, which is read here for the only time."""
-  step = checkpoints.best_step()
+  values = {'checkpoint': checkpoints.best_step()}
   test = training.dataset.test
-  if test is None:
-    lines = read_metrics(training.folder / 'metrics.jsonl')
-    values = next((m for m in lines if m['step'] == step and 'val/top1' in m), {})
-    values = {name: value for name, value in values.items() if name.startswith('val/')}
-  else:
+  if test is not None:
     metrics = training.evaluate(training.restore_best(checkpoints), training.read(test), signals)
     if metrics is None:
-      raise signals.interruption(training.total_steps)
-    values = {f'test/{name}': value for name, value in metrics.items()}
-  values['checkpoint'] = step
+      raise signals.interruption('the same command goes on with the evaluation of test')
+    values |= {f'test/{name}': value for name, value in metrics.items()}
   writer.write(training.total_steps, training.config.epochs, values)
+  return values
+
+
+def _with_validation(values, metrics):
+  """Returns final values with the validation metrics of the checkpoint that they are of."""
+  for line in read_metrics(metrics):
+    if line['step'] == values['checkpoint'] and 'val/top1' in line:
+      values = values | {name: value for name, value in line.items() if name.startswith('val/')}
   return values
 
 
@@ -206,7 +215,9 @@ def _evaluate_run(config, folder):
   context = Setup(config, folder, evaluation=True)
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(Signals())
-    checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
+    if not (folder / 'checkpoints').is_dir():
+      raise UserError(f'{folder} holds no checkpoint yet')
+    checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep, read_only=True)
     stack.callback(checkpoints.close)
     step = checkpoints.best_step()
     if step is None:
@@ -214,12 +225,14 @@ def _evaluate_run(config, folder):
     variables = context.restore_best(checkpoints)
     values = {}
     splits = {'val': context.dataset.validation, 'test': context.dataset.test}
+    if not any(splits.values()) and config.source != context.saved.config.source:
+      splits = {'test': context.dataset.train}  # other images than the run's, all of one split
     for name, split in splits.items():
       if split is None:
         continue
       metrics = context.evaluate(variables, context.read(split), signals)
       if metrics is None:
-        raise Interrupted(f'{signals.received.name}: the evaluation is not finished', 130)
+        raise signals.interruption('the evaluation is not finished')
       values |= {f'{name}/{key}': value for key, value in metrics.items()}
     if not values:
       raise UserError(f'{config.source} has neither a validation nor a test split to evaluate')
@@ -237,7 +250,7 @@ def _report(context, values):
         f'{name}: top-1 {top1:.4f}  top-5 {top5:.4f}  loss {loss:.4f}  on {images:,} images '
         f'(checkpoint of step {values["checkpoint"]})'
       )
-  if context.dataset.test is None:
+  if 'test/top1' not in values:
     print(f'{context.config.source} has no labelled test split')
   if context.config.closing_note:
     print(context.config.closing_note)

@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 
+from cvt_flax.errors import UserError
+
 
 class MetricWriter:
   """Appends lines to metrics.jsonl and scalars to TensorBoard events.
@@ -24,9 +26,7 @@ class MetricWriter:
     if tensorboard:
       import tensorboardX
 
-      self._events = tensorboardX.SummaryWriter(
-        str(folder / 'tensorboard'), purge_step=step + 1 if step else None
-      )
+      self._events = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
 
   def _cut_back(self, step):
     lines = [line for line in read_metrics(self._path) if line['step'] <= step]
@@ -54,16 +54,25 @@ class MetricWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-  """Returns the whole lines of a metrics.jsonl; [] where there is none.
+  """Returns the lines of a metrics.jsonl; [] where there is none.
 
   A last line that a killed run left half-written is left out.
+
+  Raises:
+    UserError: any other line is not one that `MetricWriter` writes.
   """
   if not path.exists():
     return []
+  written = path.read_text().splitlines(keepends=True)
   lines = []
-  for line in path.read_text().splitlines():
+  for number, text in enumerate(written, start=1):
     try:
-      lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      line = json.loads(text)
+      if not isinstance(line['step'], int):
+        raise TypeError
+    except (ValueError, TypeError, KeyError) as e:
+      if number == len(written) and not text.endswith('\n'):
+        break
+      raise UserError(f'{path}, line {number} is damaged: {text.strip()[:60]!r}') from e
+    lines.append(line)
   return lines

@@ -18,20 +18,22 @@ class Progress:
     self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
     self._seconds, self._steps = 0.0, 0  # since the rate was last asked for
     self._all_seconds, self._all_steps = 0.0, 0
-    self._last = self._shown = time.perf_counter()
+    self._shown = time.perf_counter()
+    self._last = None  # when the clock was last read; None while it stands still
 
   def start(self) -> None:
-    """Begins to count time; to be called after anything that is not a training step."""
+    """Begins to count time: after the step that compiles, after an evaluation."""
     self._last = time.perf_counter()
 
   def step(self, step: int, loss: float) -> None:
-    """Counts one finished step."""
+    """Counts one finished step, unless the clock stands still."""
     now = time.perf_counter()
-    for name in ('_seconds', '_all_seconds'):
-      setattr(self, name, getattr(self, name) + now - self._last)
-    self._steps += 1
-    self._all_steps += 1
-    self._last = now
+    if self._last is not None:
+      for name in ('_seconds', '_all_seconds'):
+        setattr(self, name, getattr(self, name) + now - self._last)
+      self._steps += 1
+      self._all_steps += 1
+      self._last = now
     if self._tty and now - self._shown > 1:
       self._shown = now
       self._stream.write(f'\r\x1b[K{self._line(step, loss)}')

@@ -37,7 +37,7 @@ def build_model(config: ModelConfig, num_classes: int) -> CvT:
 def _check_attention(model: CvT, image_size: int):
   """Refuses to train a model with a stage whose attention sees a single key."""
   for s, stage in enumerate(stage_geometry(model, image_size, image_size)):
-    if not stage.height:
+    if min(stage.height, stage.width) < 1:
       raise UserError(f'image_size={image_size}: too small, stage {s} of the model has no pixel')
     if stage.keys == 1:
       raise UserError(
@@ -55,32 +55,24 @@ class Setup:
     self.mesh = sharding.make_mesh(config.mesh.data)
     self.replicated = sharding.replicated(self.mesh)
     self.eval_batch_size = config.eval.batch_size or config.batch_size
-    sharding.check_batch('batch_size', config.batch_size, self.mesh)
-    if config.eval.batch_size:
-      sharding.check_batch('eval.batch_size', config.eval.batch_size, self.mesh)
+    name = 'eval.batch_size' if config.eval.batch_size else 'batch_size'
+    sharding.check_batch(name, self.eval_batch_size, self.mesh)
     print(f'jax {jax.__version__} on {self.mesh.size} x {jax.devices()[0].device_kind}')
     if warning := hardware.unused_accelerator():
       print(warning)
 
-    saved = experiment.read(folder)
-    if evaluation and not saved:
-      raise UserError(f'{folder} holds no run to evaluate')
-    if not saved and folder.exists() and any(folder.iterdir()):
-      raise UserError(f'{folder} is not empty and holds no run: give another --workdir')
-    if saved:
-      experiment.check_config(folder, saved.config, config, evaluation)
+    self.saved = experiment.read(folder)
+    experiment.check_folder(folder, self.saved is not None, evaluation)
+    holdout = config.eval.holdout
+    if self.saved:
+      experiment.check_config(folder, self.saved.config, config, evaluation)
+      if config.source != self.saved.config.source:
+        holdout = 0.0  # nothing of it was trained on: all of it can be evaluated
     self.dataset = sources.load(
-      config.source, data_dir=config.data_dir, holdout=config.eval.holdout, seed=config.seed
+      config.source, data_dir=config.data_dir, holdout=holdout, seed=config.seed
     )
-    self.experiment = experiment.Experiment(config, self.dataset.class_names)
-    if saved:
-      experiment.check_classes(folder, saved, self.experiment)
-    unused_holdout = self.dataset.validation is not None and not self.dataset.held_out.size
-    if unused_holdout and config.eval.holdout != EvalConfig().holdout:
-      raise UserError(
-        f'eval.holdout={config.eval.holdout} has no effect: {config.source} brings a validation '
-        'split of its own'
-      )
+    if self.saved:
+      experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
     self.model = build_model(config.model, len(self.dataset.class_names))
 
     eval_step = make_eval_step(self.model, config.mean, config.std)
@@ -104,6 +96,12 @@ class Setup:
     )
     if skipped:
       print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
+    memory = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    if arrays.image.nbytes > memory:
+      raise UserError(
+        f'{split.name}: {arrays.image.nbytes / 2**30:.1f} GiB of images do not fit into the '
+        f'{memory / 2**30:.1f} GiB of a device: make the images smaller, or use fewer'
+      )
     return jax.device_put(arrays, self.replicated)
 
   def evaluate(self, variables: dict, arrays: resident.Arrays, signals: Signals) -> dict | None:
@@ -134,6 +132,8 @@ class TrainingSetup(Setup):
 
   def __init__(self, config: TrainConfig, folder: pathlib.Path):
     super().__init__(config, folder, evaluation=False)
+    sharding.check_batch('batch_size', config.batch_size, self.mesh)
+    self._check_validation()
     train = self.dataset.train
     if train is None:
       raise UserError(f'{config.source} has no training split')
@@ -145,6 +145,11 @@ class TrainingSetup(Setup):
       raise UserError(f'batch_size={config.batch_size}: {config.source} has only {images} images')
     self.total_steps = self.steps_per_epoch * config.epochs
     self.val_arrays = self.read(self.dataset.validation) if self.dataset.validation else None
+    used = (self.train_arrays, self.val_arrays)
+    data = experiment.digest(*(x for a in used if a for x in (a.label, a.index)))
+    self.experiment = experiment.Experiment(config, self.dataset.class_names, data)
+    if self.saved:
+      experiment.check_data(folder, self.saved, self.experiment)
 
     c = config.optimizer
     peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
@@ -192,6 +197,17 @@ class TrainingSetup(Setup):
       compiler_options=quick,
     )
     self.progress = Progress(self.total_steps, self.steps_per_epoch, config.batch_size)
+
+  def _check_validation(self):
+    c, d, default = self.config, self.dataset, EvalConfig()
+    if d.validation is None and c.eval.every_epochs != default.every_epochs:
+      raise UserError(
+        f'eval.every_epochs={c.eval.every_epochs} has no effect: there is no validation split'
+      )
+    if d.validation is not None and not d.held_out.size and c.eval.holdout != default.holdout:
+      raise UserError(
+        f'eval.holdout={c.eval.holdout} has no effect: {c.source} brings a validation split'
+      )
 
   def describe(self, state: TrainState) -> None:
     """Prints what is about to happen and writes the table of parameters."""

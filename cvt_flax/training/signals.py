@@ -33,9 +33,6 @@ class Signals:
     self.received = signal.Signals(number)
     signal.signal(number, self._previous[number])
 
-  def interruption(self, step: int) -> Interrupted:
-    """Returns the exception to raise once the state of `step` is saved."""
-    code = _EXIT_CODES[self.received]
-    return Interrupted(
-      f'{self.received.name}: saved step {step}; the same command goes on from there', code
-    )
+  def interruption(self, what: str) -> Interrupted:
+    """Returns the exception to raise, with `what` is to be told of the state of things."""
+    return Interrupted(f'{self.received.name}: {what}', _EXIT_CODES[self.received])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from einops import einsum
 
-from cvt_flax.ops.attention import attention
+from cvt_flax.ops.attention import at_once, attention, image_by_image
 
 
 def inputs(b=2, t=5, s=7, h=3, d=4):
@@ -57,6 +57,36 @@ def test_value_and_gradients(sizes, scale, dropped):
 
   for actual, expected in zip(ours(q, k, v), by_hand(q, k, v, scale, g, mask), strict=True):
     close(actual, expected)
+
+
+@pytest.mark.parametrize('scale', [0.125, 3.0])
+@pytest.mark.parametrize('sizes', [dict(), dict(b=1, t=1, s=2, h=1, d=1), dict(t=9, s=3)])
+def test_image_by_image(sizes, scale):
+  q, k, v = inputs(**sizes)
+  g = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+  @jax.jit
+  def ours(q, k, v):
+    result, pullback = jax.vjp(lambda *x: image_by_image(*x, scale), q, k, v)
+    return result, *pullback(g)
+
+  for actual, expected in zip(ours(q, k, v), by_hand(q, k, v, scale, g), strict=True):
+    close(actual, expected)
+
+
+def test_long_rows_on_cpu_are_never_all_in_memory():
+  q, k, v = inputs(t=700, s=400)
+  step = jax.jit(jax.grad(lambda *x: attention(*x, 0.5).sum(), (0, 1, 2)))
+  compiled = step.lower(q, k, v).compile().as_text()
+  assert 'while' in compiled and '[2,3,700,400]' not in compiled
+  for_tpu = step.trace(q, k, v).lower(lowering_platforms=('tpu',)).as_text()
+  assert 'while' not in for_tpu and '2x3x700x400' in for_tpu
+  for actual, expected in zip(
+    step(q, k, v),
+    jax.grad(lambda *x: at_once(*x, scale=0.5).sum(), (0, 1, 2))(q, k, v),
+    strict=True,
+  ):
+    assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max() + 1e-6
 
 
 def test_dropout_keeps_the_expectation():
