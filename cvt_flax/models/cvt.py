@@ -81,7 +81,9 @@ class ConvProjection(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention over convolved queries, keys and values.
 
-  The class token goes round the convolutions and through the linear projections.
+  The class token goes round the convolutions and through the linear projections. With `cls_only` it
+  alone is a query, and the result is [b 1 c]; the query convolution then still feeds its batch
+  norm's statistics in training, and is not computed otherwise.
   """
 
   options: StageOptions
@@ -89,8 +91,8 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'b n c'], size: tuple[int, int], train: bool
-  ) -> Float[Array, 'b n c']:
+    self, x: Float[Array, 'b n c'], size: tuple[int, int], train: bool, cls_only: bool = False
+  ) -> Float[Array, 'b n2 c']:
     o = self.options
     h, w = size
     cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
@@ -115,6 +117,8 @@ class Attention(nn.Module):
       if o.projection == 'dw_bn'
       else jnp.concatenate([cls, rearrange(x, 'b h w c -> b (h w) c')], axis=1)
     )
+    if cls_only:
+      q = q[:, :1]
     if o.shared_kv:
       k = v = convolve('kv', o.kv_stride)
     else:
@@ -154,7 +158,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """A pre-norm transformer block; drop path acts on the two residual branches."""
+  """A pre-norm transformer block; drop path acts on the two residual branches.
+
+  With `cls_only` the block returns its class token alone, [b 1 c], and computes no more for it.
+  """
 
   options: StageOptions
   drop_path: float
@@ -162,11 +169,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'b n c'], size: tuple[int, int], train: bool
-  ) -> Float[Array, 'b n c']:
+    self, x: Float[Array, 'b n c'], size: tuple[int, int], train: bool, cls_only: bool = False
+  ) -> Float[Array, 'b n2 c']:
     drop_path = DropPath(self.drop_path)
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
-    x = x + drop_path(Attention(self.options, self.dtype, name='attn')(y, size, train), train)
+    y = Attention(self.options, self.dtype, name='attn')(y, size, train, cls_only)
+    x = (x[:, :1] if cls_only else x) + drop_path(y, train)
     y = LayerNorm(dtype=self.dtype, name='norm2')(x)
     return x + drop_path(Mlp(self.options, self.dtype, name='mlp')(y, train), train)
 
@@ -179,9 +187,12 @@ class Stage(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'b h w c'], train: bool
-  ) -> tuple[Float[Array, 'b h2 w2 c2'], Float[Array, 'b m c2']]:
-    """Returns the stage's map and its class tokens: m is 1 or, without a class token, 0."""
+    self, x: Float[Array, 'b h w c'], train: bool, cls_only: bool
+  ) -> tuple[Float[Array, 'b h2 w2 c2'] | None, Float[Array, 'b m c2']]:
+    """Returns the stage's map and its class tokens: m is 1 or, without a class token, 0.
+
+    With `cls_only` there is no map: the last block computes the class token alone.
+    """
     o = self.options
     x = ConvEmbed(o, self.dtype, name='patch_embed')(x)
     b, h, w, c = x.shape
@@ -195,7 +206,10 @@ class Stage(nn.Module):
     x = nn.Dropout(o.drop_rate, deterministic=not train)(x)
     # The rate of drop path rises from zero inside every stage, as in the authors' code.
     for j, rate in enumerate(o.drop_path_schedule()):
-      x = Block(o, rate, self.dtype, name=f'blocks_{j}')(x, (h, w), train)
+      only = cls_only and j == o.depth - 1
+      x = Block(o, rate, self.dtype, name=f'blocks_{j}')(x, (h, w), train, only)
+    if cls_only:
+      return None, x
     cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
     return rearrange(x, 'b (h w) c -> b h w c', h=h, w=w), cls
 
@@ -287,7 +301,7 @@ class CvT(nn.Module):
     Returns:
       The logits, float32.
     """
-    maps, cls = self._stages(images, train)
+    maps, cls = self._stages(images, train, last_map=self.pool != 'cls')
     x = cls if self.pool == 'cls' else rearrange(maps[-1], 'b h w c -> b (h w) c')
     if self.final_norm:
       x = LayerNorm(name='norm')(x)
@@ -309,12 +323,15 @@ class CvT(nn.Module):
     With the default patch strides they have strides 4, 8 and 16: a backbone for segmentation and
     detection. Call it as `model.apply(variables, images, method='stage_maps')`.
     """
-    return self._stages(images, train)[0]
+    return self._stages(images, train, last_map=True)[0]
 
   @nn.compact
-  def _stages(self, images, train):
+  def _stages(self, images, train, last_map):
+    """Returns the maps of all stages, the last one None unless wanted, and its class tokens."""
     x, maps, cls = images.astype(self.dtype), [], None
-    for s, options in enumerate(resolve(self)):
-      x, cls = Stage(options, self.dtype, name=f'stage{s}')(x, train)
+    stages = resolve(self)
+    for s, options in enumerate(stages):
+      cls_only = not last_map and s == len(stages) - 1
+      x, cls = Stage(options, self.dtype, name=f'stage{s}')(x, train, cls_only)
       maps.append(x)
     return maps, cls
