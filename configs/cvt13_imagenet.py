@@ -6,9 +6,9 @@ The numbers are those of the authors' experiments/imagenet/cvt/cvt-13-224x224.ya
 that reads it (github.com/microsoft/CvT at f851e68). Their learning rate is 2.5e-4 for each of 8
 GPUs, 0.002 at 2,048 images a step; their batch norms see the 256 images of a GPU.
 
-The train split is decoded into memory, 180 GiB at this size, from a centre crop; flips, Mixup,
-CutMix and random erasing are the authors'. Their RandomResizedCrop and RandAugment are not here, so
-this is not yet the recipe of the 81.6 %.
+Flips, Mixup, CutMix and random erasing are the authors' too. Not here yet are RandomResizedCrop,
+RandAugment, and a way to stream images: all of them are kept, decoded, in the memory of every device,
+which ImageNet at this size (180 GiB) does not fit. Until then this config is for subsets.
 """
 
 from cvt_flax.training.config import get_config as defaults

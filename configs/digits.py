@@ -7,6 +7,8 @@
 over the last map classifies these few images better than a class token does.
 """
 
+import sys
+
 from cvt_flax.training.config import get_config as defaults
 
 
@@ -31,9 +33,9 @@ def get_config():
   config.augment.crop_padding = 4
   config.augment.label_smoothing = 0.1
   config.eval.every_epochs = 10
-  config.closing_note = """
-Next, on 50,000 photographs of 10 things (a download of 170 MB, three quarters of an hour on a CPU):
-  python train.py --config=configs/cvt13_cifar10.py
+  config.closing_note = f"""
+Next, on 50,000 photographs of 10 kinds (downloads 170 MB):
+  {sys.executable} train.py --config=configs/cvt13_cifar10.py
 and on ImageNet, which has to be prepared first (the command says how):
-  python train.py --config=configs/cvt13_imagenet.py"""
+  {sys.executable} train.py --config=configs/cvt13_imagenet.py"""
   return config
