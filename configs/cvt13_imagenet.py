@@ -7,8 +7,8 @@ that reads it (github.com/microsoft/CvT at f851e68). Their learning rate is 2.5e
 GPUs, 0.002 at 2,048 images a step; their batch norms see the 256 images of a GPU.
 
 Flips, Mixup, CutMix and random erasing are the authors' too. Not here yet are RandomResizedCrop,
-RandAugment, and a way to stream images: all of them are kept, decoded, in the memory of every device,
-which ImageNet at this size (180 GiB) does not fit. Until then this config is for subsets.
+RandAugment, and a way to stream images: all of them are kept, decoded, in the memory of every
+device, which ImageNet at this size (180 GiB) does not fit. Until then this config is for subsets.
 """
 
 from cvt_flax.training.config import get_config as defaults

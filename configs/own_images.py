@@ -2,8 +2,8 @@
 
   python train.py --config=configs/own_images.py --config.source=folder:DIR
 
-DIR/CLASS/image.jpg, or DIR/train/CLASS/image.jpg with DIR/val and DIR/test. Without DIR/val a tenth of
-train is held out for validation.
+DIR/CLASS/image.jpg, or DIR/train/CLASS/image.jpg with DIR/val and DIR/test. Without DIR/val a tenth
+of train is held out for validation.
 """
 
 from cvt_flax.training.config import get_config as defaults

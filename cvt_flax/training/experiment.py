@@ -97,10 +97,11 @@ def only_one(folder: pathlib.Path):
     return
   handle = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(f'another process is training in {folder}') from e
     yield
-  except BlockingIOError as e:
-    raise UserError(f'another process is training in {folder}') from e
   finally:
     os.close(handle)
 

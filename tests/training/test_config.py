@@ -33,6 +33,11 @@ KEYS = {name: (field, kind) for name, field, kind in keys()}
 # For every key that has no effect always: changes to the defaults under which it has none, changes
 # under which it has one, and a value that is not its default.
 USED = {
+  'optimizer.schedule_per': (
+    {'optimizer.schedule': 'constant'},
+    {'optimizer.schedule': 'cosine'},
+    'epoch',
+  ),
   'data_dir': ({'source': 'digits'}, {'source': 'tfds:cifar10'}, '/data'),
   'skip_unreadable': ({'source': 'npz:x.npz'}, {'source': 'folder:x'}, True),
   'optimizer.beta1': ({'optimizer.name': 'sgd'}, {'optimizer.name': 'adam'}, 0.8),
@@ -201,7 +206,11 @@ def test_every_model_key_reaches_the_model():
     'patch_strides': (3, 1, 1),
     'patch_paddings': (0, 0, 0),
     'mlp_ratios': (1.0, 2.0, 3.0),
+    'qkv_kernels': (1, 3, 5),
     'kv_strides': (1, 1, 3),
+    'head_dim': 8,
+    'attention_scale': 'head_dim',
+    'activation': 'gelu',
     'cls_token': (True, False, False),
     'projection': 'avg',
     'pool': 'mean',
@@ -254,7 +263,9 @@ SHIPPED_VARIANTS = [
 @pytest.mark.parametrize(('path', 'arguments'), SHIPPED_VARIANTS)
 def test_every_shipped_config_is_valid(path, arguments):
   module = load(path)
-  config = freeze(module.get_config(*arguments))
+  config = module.get_config(*arguments)
+  config.source = config.source or 'folder:DIR'  # one is for the user to name
+  config = freeze(config)
   assert module.__doc__.splitlines()[0].endswith('.')
   assert config.name == '_'.join([path.stem, *arguments])
   build_model(config.model, 10)
@@ -352,13 +363,14 @@ def test_a_value_below_the_least_is_refused(name):
 def test_a_value_above_the_highest_is_refused(name):
   field, kind = KEYS[name]
   high = field.metadata['high']
-  value = high + 1e-6 if element(kind) is kind else (*field.default[:-1], high + 1e-6)
+  above = high + (1 if element(kind) is int else 1e-6)
+  value = above if element(kind) is kind else (*field.default[:-1], above)
   assert refused({name: value}) == f'{name}={value!r}: at most {high} is allowed'
 
 
 def test_bounds_are_allowed():
-  frozen = freeze(config_with({'crop_ratio': 0.1, 'optimizer.beta1': 1.0, 'eval.holdout': 0.5}))
-  assert (frozen.crop_ratio, frozen.optimizer.beta1, frozen.eval.holdout) == (0.1, 1.0, 0.5)
+  frozen = freeze(config_with({'crop_ratio': 0.1, 'augment.erase_prob': 1.0, 'eval.holdout': 0.5}))
+  assert (frozen.crop_ratio, frozen.augment.erase_prob, frozen.eval.holdout) == (0.1, 1.0, 0.5)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cvt_flax.errors import Diverged, Interrupted, UserError
-from cvt_flax.training import loop
+from cvt_flax.training import experiment, loop
 from cvt_flax.training.metrics import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -133,7 +134,11 @@ def test_a_finished_run_is_left_alone(trained, capsys):
 
 def test_evaluation_of_a_run_gives_what_training_reported(trained):
   config, folder, result = trained
+  unfinished = folder / 'checkpoints' / '99.orbax-checkpoint-tmp'
+  unfinished.mkdir()  # of a process that is still training
   metrics = loop.run(config, folder, mode='eval')
+  assert unfinished.exists()
+  unfinished.rmdir()
   assert metrics['test/top1'] == result['test/top1']
   np.testing.assert_allclose(metrics['test/loss'], result['test/loss'], rtol=1e-6)
   best = max(
@@ -167,6 +172,51 @@ def test_a_run_may_get_more_epochs_another_mesh_and_other_checkpoints(config, tm
   loop.run(config, tmp_path)
   lines = read_metrics(tmp_path / 'metrics.jsonl')
   assert [m['step'] for m in lines if 'test/top1' in m] == [22, 33]
+  assert [m['step'] for m in lines if 'val/top1' in m] == [11, 22, 33]
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+  """A copy of the finished run's folder, to damage."""
+  return shutil.copytree(trained[1], tmp_path / 'copy')
+
+
+def test_data_that_has_changed_is_refused(config, copy):
+  record = json.loads((copy / 'experiment.json').read_text())
+  record['data'] = '0' * 64
+  (copy / 'experiment.json').write_text(json.dumps(record))
+  with pytest.raises(UserError, match='the images of .* have changed since the run'):
+    loop.run(config, copy)
+
+
+def test_a_second_process_in_the_folder_is_refused(config, copy):
+  with experiment.only_one(copy), pytest.raises(UserError, match='another process is training in'):
+    loop.run(config, copy)
+  with experiment.only_one(copy):  # and the lock is gone with its holder
+    pass
+
+
+@pytest.mark.parametrize(
+  ('file', 'text', 'message'),
+  [
+    ('experiment.json', b'\xff\x00', 'experiment.json is damaged'),
+    ('experiment.json', b'{}', 'experiment.json is damaged'),
+    ('metrics.jsonl', b'3\n{"step": 1}\n', 'metrics.jsonl, line 1 is damaged'),
+  ],
+)
+def test_a_damaged_folder_is_told(config, copy, file, text, message):
+  (copy / file).write_bytes(text)
+  with pytest.raises(UserError, match=message):
+    loop.run(config, copy)
+
+
+def test_a_workdir_out_of_reach(config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+    with pytest.raises(UserError, match='is not a folder'):
+      loop.run(config, folder)
+  with pytest.raises(UserError, match='holds no run to evaluate'):
+    loop.run(config, tmp_path / 'file', mode='eval')
 
 
 def test_a_folder_with_something_else_in_it_is_refused(config, tmp_path):
@@ -251,15 +301,13 @@ def test_wrong_input_is_told_before_anything_is_written(config, tmp_path, change
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
   config, tmp_path
 ):
-  config.optimizer.name, config.optimizer.warmup_epochs = 'sgd', 0.0
-  config.learning_rate, config.optimizer.weight_decay = 1e30, 0.0
-  config.checkpoint.every_steps = 1
-  with pytest.raises(Diverged, match=r'at (or before )?step [2-6]: the checkpoint of step \d is'):
+  # The rate explodes after the first epoch, 11 steps, whose checkpoint is good.
+  config.optimizer.schedule, config.optimizer.milestones = 'multistep', (1.0,)
+  config.optimizer.gamma, config.optimizer.warmup_epochs = 1e36, 0.0
+  with pytest.raises(Diverged, match=r'step 1\d: the checkpoint of step 11 is kept'):
     loop.run(config, tmp_path)
-  with ocp.CheckpointManager(tmp_path / 'checkpoints') as manager:
-    args = ocp.args.Composite(model=ocp.args.StandardRestore())
-    kept = manager.restore(manager.latest_step(), args=args)['model']
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept['batch_stats']))
+  metrics = loop.run(config, tmp_path, mode='eval')
+  assert metrics['checkpoint'] == 11 and np.isfinite(metrics['test/loss'])
 
 
 def test_imagenet_takes_a_real_step_on_stand_in_arrays(tmp_path):
