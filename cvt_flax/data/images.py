@@ -92,19 +92,6 @@ def resize_and_crop(image: Image.Image, size: int, crop_ratio: float = 0.875) ->
   return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def squash(image: Image.Image, size: int) -> np.ndarray:
-  """The official evaluation geometry at 384: resizes to a square, aspect ratio not kept, no crop.
-
-  Args:
-    image: an RGB image of any size.
-    size: height and width of the result, in pixels.
-
-  Returns:
-    uint8 [size, size, 3], Pillow's antialiased bicubic.
-  """
-  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
 def _upright(image: Image.Image) -> Image.Image:
   """Returns the image turned as its EXIF orientation says."""
   try:

@@ -207,17 +207,3 @@ def test_an_image_of_the_right_size_passes_unchanged():
 def test_crop_ratio_is_checked(crop_ratio):
   with pytest.raises(ValueError, match='crop_ratio'):
     images.resize_and_crop(Image.fromarray(picture(8, 8)), 8, crop_ratio)
-
-
-@pytest.mark.parametrize('height,width', [(60, 40), (40, 60), (300, 48), (1, 9)])
-def test_squash_keeps_the_whole_image(height, width):
-  image = Image.fromarray(picture(height, width))
-  result = images.squash(image, 48)
-  assert result.shape == (48, 48, 3) and result.dtype == np.uint8
-  np.testing.assert_array_equal(
-      result, np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)))
-
-
-def test_squash_of_the_right_size_passes_unchanged():
-  pixels = picture(32, 32)
-  np.testing.assert_array_equal(images.squash(Image.fromarray(pixels), 32), pixels)
