@@ -6,7 +6,7 @@
 As it stands it is CvT-13 with the official geometry, which is made for 224x224 pixels: at 32x32 the
 stages have maps of 8x8, 4x4 and 2x2, and the ten blocks of the last one see two keys, the class
 token and a single pixel of the key map. It is the row to compare with earlier CvT notebooks, and
-the cheap one: about an hour on two CPU cores.
+the cheap one.
 
 The variant small_images embeds with strides 1, 2, 2, so that the last stage has an 8x8 map and
 seventeen keys. It takes fourteen times the multiply-adds: use a GPU or TPU.

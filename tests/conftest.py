@@ -13,7 +13,7 @@ import types
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 # Tests compile much and compute little: what XLA hands to LLVM is compiled without optimisation,
-# which halves the time of the suite and changes no result by more than rounding.
+# which changes results by rounding alone.
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )

@@ -1,9 +1,9 @@
 """Depthwise 2-D convolution, in the form that the platform runs best.
 
-XLA's convolution with feature_group_count is slow on CPU (jax#23713), where nine shifted
-multiply-adds with a gradient of their own are 10 to 100 times faster; on TPU and GPU XLA's
-convolution wins. The choice is made for the platform that is compiled for, not for the one that
-happens to be attached. Both forms take the same kernel and give the same numbers.
+XLA's convolution with feature_group_count is slow on CPU (jax#23713): there it is nine shifted
+multiply-adds with a gradient of their own. Accelerators keep XLA's convolution. The choice is made
+for the platform that is compiled for, not for the one that happens to be attached. Both forms take
+the same kernel and give the same numbers.
 """
 
 import functools
