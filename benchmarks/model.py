@@ -33,7 +33,7 @@ import torch
 import transformers
 
 from cvt_flax import create_model, list_models
-from tests.models.torch_weights import from_official, huggingface_to_official
+from cvt_flax.weights.layouts import HUGGING_FACE
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
 # Cores' worth of work by other programs that still counts as a quiet machine.
@@ -60,7 +60,9 @@ def main():
   model = create_model(arguments.model, drop_path_rates=(), activation=arguments.activation)
   device = {'cpu': 'cpu', 'gpu': 'cuda'}[jax.default_backend()]
   peer = huggingface(model).to(device)
-  variables = from_official(model, huggingface_to_official(peer.state_dict()))
+  state = {name: tensor.cpu().numpy() for name, tensor in peer.state_dict().items()}
+  shapes = {name: tensor.shape for name, tensor in state.items()}
+  variables = HUGGING_FACE.unpack(model, shapes, state.__getitem__, 'the peer')
   rng = np.random.default_rng(0)
   images = rng.normal(size=(arguments.batch, 3, arguments.size, arguments.size))
   images = images.astype(np.float32)

@@ -23,16 +23,17 @@ def get_config(variant=''):
   config.image_size = 32
   # Of the 50,000 training images.
   config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-  config.batch_size = 128
+  config.batch_size = 64  # ten epochs: what counts is how many steps they have
   config.epochs = 10
-  config.learning_rate = 1e-3
+  config.learning_rate = 7e-4
   config.model.name = 'cvt-13'
   config.model.drop_path_rates = (0.0, 0.0, 0.0)  # ten epochs are too few to overfit
-  config.optimizer.warmup_epochs = 1
+  config.optimizer.warmup_epochs = 0.5
   config.optimizer.min_learning_rate = 1e-5
   config.optimizer.clip_norm = 1.0
-  config.augment.crop_padding = 4
+  config.augment.crop_padding = 2
   config.augment.flip = True
+  config.augment.label_smoothing = 0.1
   match variant:
     case '':
       pass

@@ -16,17 +16,33 @@ if sys.version_info < (3, 11):  # noqa: UP036  (the one place that tells a perso
 if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.cvt import CvT
   from cvt_flax.models.zoo import create_model, list_models
+  from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
+  from cvt_flax.weights.conversion import convert_weights
+  from cvt_flax.weights.pretrained import load_pretrained, save_pretrained
 
 __version__ = '0.1.0.dev0'
 
-__all__ = ['CvT', 'create_model', 'list_models', 'train']
+__all__ = [
+  'CvT',
+  'convert_weights',
+  'create_model',
+  'list_models',
+  'load_pretrained',
+  'predict_images',
+  'save_pretrained',
+  'train',
+]
 
 # Public name -> the module that has it, and its name there.
 _PLACES = {
   'CvT': ('cvt_flax.models.cvt', 'CvT'),
+  'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),
   'create_model': ('cvt_flax.models.zoo', 'create_model'),
   'list_models': ('cvt_flax.models.zoo', 'list_models'),
+  'load_pretrained': ('cvt_flax.weights.pretrained', 'load_pretrained'),
+  'predict_images': ('cvt_flax.predict', 'predict_images'),
+  'save_pretrained': ('cvt_flax.weights.pretrained', 'save_pretrained'),
   'train': ('cvt_flax.training.loop', 'run'),
 }
 

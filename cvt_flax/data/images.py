@@ -61,6 +61,24 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     raise UserError(f'cannot decode {name}: {error or type(error).__name__}') from error
 
 
+def prepare(image: Image.Image, size: int, crop_ratio: float) -> np.ndarray:
+  """The official evaluation: `resize_and_crop`, or `squash` where `crop_ratio` is 0."""
+  return resize_and_crop(image, size, crop_ratio) if crop_ratio else squash(image, size)
+
+
+def squash(image: Image.Image, size: int) -> np.ndarray:
+  """Resizes to size x size whatever the sides were, as the official evaluation at 384 does.
+
+  Args:
+    image: an RGB image of any size.
+    size: height and width of the result, in pixels.
+
+  Returns:
+    uint8 [size, size, 3], by Pillow's antialiased bicubic filter.
+  """
+  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
 def resize_and_crop(image: Image.Image, size: int, crop_ratio: float = 0.875) -> np.ndarray:
   """The official evaluation geometry: resizes the shorter side, then cuts out the centre.
 

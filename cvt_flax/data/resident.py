@@ -77,7 +77,7 @@ def read_arrays(
   Args:
     split: the images, encoded or as arrays, and their labels.
     image_size: height and width of the arrays, in pixels.
-    crop_ratio: as in `images.resize_and_crop`.
+    crop_ratio: as in `images.prepare`.
     skip_unreadable: leaves out images that cannot be decoded.
 
   Returns:
@@ -111,7 +111,7 @@ def read_arrays(
           raise
         left_out.append((place, example.name))
       else:
-        image[place] = images.resize_and_crop(picture, image_size, crop_ratio)
+        image[place] = images.prepare(picture, image_size, crop_ratio)
     return left_out
 
   # Threads, because Pillow lets go of the interpreter's lock while it decodes and resizes.

@@ -5,10 +5,8 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
-from cvt_flax.errors import UserError
 from cvt_flax.training.step import TrainState
-
-_BEST = 'val/top1'
+from cvt_flax.weights import run_folder
 
 
 class Checkpoints:
@@ -20,35 +18,14 @@ class Checkpoints:
   """
 
   def __init__(self, folder: pathlib.Path, keep: int, read_only: bool = False):
-    policies = ocp.checkpoint_managers
-    # best_fn alone would let retention delete the newest checkpoint, the policy alone would not
-    # write the metrics that it reads: both are needed.
-    options = ocp.CheckpointManagerOptions(
-      best_fn=lambda metrics: metrics[_BEST],
-      preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(keep),
-          policies.BestN(
-            get_metric_fn=lambda metrics: metrics[_BEST],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
-      # Another process may be writing here: who only reads leaves its unfinished checkpoint alone.
-      cleanup_tmp_directories=not read_only,
-      create=not read_only,
-      read_only=read_only,
-    )
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    self._manager = run_folder.manager(folder, keep, read_only)
 
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
     """Returns the step with the highest validation top-1; the latest where none was measured."""
-    best = self._manager.best_step()
-    return self.latest_step() if best is None else best
+    return run_folder.best_step(self._manager)
 
   def save(self, step: int, state: TrainState, val_top1: float | None) -> None:
     """Starts writing a checkpoint; the state may be donated once this returns.
@@ -60,7 +37,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.delete(step)
     items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-    metrics = None if val_top1 is None else {_BEST: val_top1}
+    metrics = None if val_top1 is None else {run_folder.BEST: val_top1}
     self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -70,12 +47,11 @@ class Checkpoints:
       step: one of the saved steps.
       abstract: jax.ShapeDtypeStructs with the shardings that are wanted.
     """
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-    restored = self._restore(step, items)
+    restored = run_folder.restore(self._manager, step, _items(abstract))
     return abstract.replace(
       step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
-      **restored['model'],
-      ema=restored.get('ema'),
+      **restored[run_folder.MODEL],
+      ema=restored.get(run_folder.AVERAGES),
       opt_state=restored['optimizer'],
       window=restored['window'],
     )
@@ -88,18 +64,9 @@ class Checkpoints:
       abstract: {'params', 'batch_stats'} of jax.ShapeDtypeStructs with shardings.
       averaged: whether the run keeps averages; they are returned then.
     """
-    name = 'ema' if averaged else 'model'
+    name = run_folder.AVERAGES if averaged else run_folder.MODEL
     abstract = {'params': abstract['params'], 'batch_stats': abstract.get('batch_stats', {})}
-    return self._restore(step, {name: ocp.args.StandardRestore(abstract)})[name]
-
-  def _restore(self, step, items):
-    try:
-      return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except (OSError, ValueError, KeyError) as e:
-      text = ' '.join(str(e).split())[:200]
-      raise UserError(
-        f'the checkpoint {self._manager.directory / str(step)} cannot be read: {text}'
-      ) from e
+    return run_folder.restore(self._manager, step, {name: abstract})[name]
 
   def wait(self) -> None:
     """Returns when every checkpoint is on disk; raises what went wrong in the background."""
@@ -111,8 +78,8 @@ class Checkpoints:
 
 def _items(state):
   items = {
-    'model': {'params': state.params, 'batch_stats': state.batch_stats},
+    run_folder.MODEL: {'params': state.params, 'batch_stats': state.batch_stats},
     'optimizer': state.opt_state,
     'window': state.window,
   }
-  return items if state.ema is None else items | {'ema': state.ema}
+  return items if state.ema is None else items | {run_folder.AVERAGES: state.ema}

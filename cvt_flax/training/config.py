@@ -195,6 +195,9 @@ class TrainConfig:
   """A run."""
 
   name: str = key('', 'of the experiment; names the run folder')
+  init_from: str = key(
+    '', 'weights to start from: a .pth file, a folder of weights, hf:NAME or a run folder'
+  )
   seed: int = key(0, 'of everything that is random', low=0, high=2**32 - 1)
   source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, npz:FILE or digits')
   data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=_TFDS)
@@ -202,7 +205,9 @@ class TrainConfig:
     False, 'leave out images that cannot be decoded, and count them', used=_ENCODED
   )
   image_size: int = key(224, 'height and width, in pixels', low=1)
-  crop_ratio: float = key(1.0, 'centre share of the resized image that is kept', low=0.1, high=1.0)
+  crop_ratio: float = key(
+    1.0, 'share of the shorter side that the crop keeps; 0: squash, cut nothing', low=0.0, high=1.0
+  )
   mean: tuple[float, ...] = key(
     (0.485, 0.456, 0.406), 'of the pixels, 0 to 1, a channel', low=0.0, high=1.0
   )
@@ -349,6 +354,11 @@ def _check_channels(c: TrainConfig):
       raise UserError(f'{name}={value!r}: three numbers are needed, for red, green and blue')
 
 
+def _check_crop(c: TrainConfig):
+  if 0 < c.crop_ratio < 0.1:
+    raise UserError(f'crop_ratio={c.crop_ratio}: from 0.1 to 1, or 0 to squash, is needed')
+
+
 def _check_warmup(c: TrainConfig):
   if c.optimizer.warmup_epochs >= c.epochs:
     raise UserError(
@@ -400,6 +410,7 @@ def _check_groups(c: TrainConfig):
 _CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_source,
   _check_channels,
+  _check_crop,
   _check_warmup,
   _check_milestones,
   _check_decays,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 
-from cvt_flax.training.step import normalize_pixels
+from cvt_flax.ops.pixels import normalize_pixels
 
 
 @flax.struct.dataclass

@@ -12,6 +12,8 @@ import numpy as np
 from cvt_flax.errors import UserError
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
+from cvt_flax.weights import run_folder
+from cvt_flax.weights.description import Description, run_json
 
 # What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, which
 # may be raised; the learning rate then follows the longer schedule from there on.
@@ -106,8 +108,17 @@ def only_one(folder: pathlib.Path):
     os.close(handle)
 
 
-def write(folder: pathlib.Path, experiment: Experiment, held_out: np.ndarray) -> None:
-  """Writes experiment.json and held_out.json, the indices held out of train for validation."""
+def write(
+  folder: pathlib.Path, experiment: Experiment, held_out: np.ndarray, model: Description
+) -> None:
+  """Writes what a run folder says of itself.
+
+  Args:
+    folder: of the run.
+    experiment: for experiment.json.
+    held_out: for held_out.json: the indices held out of train for validation.
+    model: for model.json, by which the checkpoints can be read as weights.
+  """
   _write(
     folder / 'experiment.json',
     {
@@ -118,6 +129,7 @@ def write(folder: pathlib.Path, experiment: Experiment, held_out: np.ndarray) ->
     },
   )
   _write(folder / 'held_out.json', held_out.tolist())
+  _write(folder / run_folder.DESCRIPTION, run_json(model))
 
 
 def _write(path, value):

@@ -17,6 +17,7 @@ from cvt_flax.training.metrics import MetricWriter, read_metrics
 from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainMetrics
+from cvt_flax.weights import run_folder
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a loss
 # that is not finite stops the run at once.
@@ -34,7 +35,8 @@ def run(
   Args:
     config: as `cvt_flax.training.config.get_config()` makes it.
     workdir: the run folder; '' is runs/NAME-seedN.
-    mode: 'train', or 'eval' for the metrics of the run's best checkpoint.
+    mode: 'train', or 'eval' for the metrics of the run's best checkpoint, or of the weights
+      config.init_from where the folder holds no run that started from them.
 
   Returns:
     The final metrics, such as {'test/top1': 0.99, 'test/loss': 0.05, 'test/images': 360, ...}.
@@ -50,6 +52,9 @@ def run(
     case 'train':
       return _train(config, folder)
     case 'eval':
+      saved = experiment.read(folder)
+      if config.init_from and (saved is None or saved.config.init_from != config.init_from):
+        return _evaluate_weights(config, folder)
       return _evaluate_run(config, folder)
     case _:
       raise UserError(f'mode={mode!r}: train or eval is needed')
@@ -59,8 +64,9 @@ def _train(config, folder):
   training = TrainingSetup(config, folder)
   with contextlib.ExitStack() as stack:
     stack.enter_context(experiment.only_one(folder))
-    experiment.write(folder, training.experiment, training.dataset.held_out)
-    checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
+    held_out = training.dataset.held_out
+    experiment.write(folder, training.experiment, held_out, training.description)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step() or 0
     metrics = folder / 'metrics.jsonl'
@@ -71,7 +77,9 @@ def _train(config, folder):
           return _report(training, _with_validation(line, metrics))
     state = training.init()
     training.describe(state)
-    if start:
+    if not start:
+      state = training.from_weights(state)
+    else:
       abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
       )
@@ -215,40 +223,56 @@ def _evaluate_run(config, folder):
   context = Setup(config, folder, evaluation=True)
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(Signals())
-    if not (folder / 'checkpoints').is_dir():
+    checkpoints = folder / run_folder.CHECKPOINTS
+    if not checkpoints.is_dir():
       raise UserError(f'{folder} holds no checkpoint yet')
-    checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep, read_only=True)
+    checkpoints = Checkpoints(checkpoints, config.checkpoint.keep, read_only=True)
     stack.callback(checkpoints.close)
     step = checkpoints.best_step()
     if step is None:
       raise UserError(f'{folder} holds no checkpoint yet')
     variables = context.restore_best(checkpoints)
-    values = {}
-    splits = {'val': context.dataset.validation, 'test': context.dataset.test}
-    if not any(splits.values()) and config.source != context.saved.config.source:
-      splits = {'test': context.dataset.train}  # other images than the run's, all of one split
-    for name, split in splits.items():
-      if split is None:
-        continue
-      metrics = context.evaluate(variables, context.read(split), signals)
-      if metrics is None:
-        raise signals.interruption('the evaluation is not finished')
-      values |= {f'{name}/{key}': value for key, value in metrics.items()}
-    if not values:
-      raise UserError(f'{config.source} has neither a validation nor a test split to evaluate')
+    elsewhere = config.source != context.saved.config.source
+    values = _evaluate_splits(context, variables, signals, elsewhere)
     return _report(context, values | {'checkpoint': step})
+
+
+def _evaluate_weights(config, folder):
+  context = Setup(config, folder, evaluation=True, weights=True)
+  with Signals() as signals:
+    values = _evaluate_splits(context, context.variables_of_weights(), signals, elsewhere=True)
+  return _report(context, values)
+
+
+def _evaluate_splits(context, variables, signals, elsewhere):
+  """Returns the metrics of validation and test; elsewhere of train, where it is all there is."""
+  values = {}
+  splits = {'val': context.dataset.validation, 'test': context.dataset.test}
+  if not any(splits.values()) and elsewhere:
+    splits = {'test': context.dataset.train}  # other images than the run's, all of one split
+  for name, split in splits.items():
+    if split is None:
+      continue
+    metrics = context.evaluate(variables, context.read(split), signals)
+    if metrics is None:
+      raise signals.interruption('the evaluation is not finished')
+    values |= {f'{name}/{key}': value for key, value in metrics.items()}
+  if not values:
+    source = context.config.source
+    raise UserError(f'{source} has neither a validation nor a test split to evaluate')
+  return values
 
 
 def _report(context, values):
   """Prints final metrics and returns them."""
+  of = f'checkpoint of step {values["checkpoint"]}' if 'checkpoint' in values else 'these weights'
   for name in ('val', 'test'):
     if f'{name}/top1' in values:
       top1, top5, loss, images = (
         values[f'{name}/{metric}'] for metric in ('top1', 'top5', 'loss', 'images')
       )
       print(
-        f'{name}: top-1 {top1:.4f}  top-5 {top5:.4f}  loss {loss:.4f}  on {images:,} images '
-        f'(checkpoint of step {values["checkpoint"]})'
+        f'{name}: top-1 {top1:.4f}  top-5 {top5:.4f}  loss {loss:.4f}  on {images:,} images ({of})'
       )
   if 'test/top1' not in values:
     print(f'{context.config.source} has no labelled test split')

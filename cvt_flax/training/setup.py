@@ -7,13 +7,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
+from flax import traverse_util
 
 from cvt_flax.data import dataset, resident, sources
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.geometry import multiply_adds, stage_geometry
 from cvt_flax.models.zoo import create_model
-from cvt_flax.training import experiment, hardware, sharding
+from cvt_flax.training import experiment, hardware, initialize, sharding
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
 from cvt_flax.training.evaluate import evaluate, make_eval_step
@@ -21,6 +22,8 @@ from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_lear
 from cvt_flax.training.progress import Progress
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainState, init_state, make_train_step
+from cvt_flax.weights.description import Description
+from cvt_flax.weights.preprocessing import Preprocessing
 
 
 def build_model(config: ModelConfig, num_classes: int) -> CvT:
@@ -50,7 +53,20 @@ def _check_attention(model: CvT, image_size: int):
 class Setup:
   """What training and evaluating a run have in common: mesh, data, model, jitted evaluation."""
 
-  def __init__(self, config: TrainConfig, folder: pathlib.Path, evaluation: bool):
+  def __init__(
+    self, config: TrainConfig, folder: pathlib.Path, evaluation: bool, weights: bool = False
+  ):
+    """Checks the config against the folder, reads the data and builds the model.
+
+    Args:
+      config: of the run.
+      folder: of the run.
+      evaluation: whether the run is only evaluated.
+      weights: whether config.init_from is evaluated in place of the run in the folder.
+
+    Raises:
+      UserError: one of them is not usable.
+    """
     self.config, self.folder = config, folder
     self.mesh = sharding.make_mesh(config.mesh.data)
     self.replicated = sharding.replicated(self.mesh)
@@ -61,9 +77,10 @@ class Setup:
     if warning := hardware.unused_accelerator():
       print(warning)
 
-    self.saved = experiment.read(folder)
-    experiment.check_folder(folder, self.saved is not None, evaluation)
-    holdout = config.eval.holdout
+    self.saved = None if weights else experiment.read(folder)
+    if not weights:
+      experiment.check_folder(folder, self.saved is not None, evaluation)
+    holdout = 0.0 if weights else config.eval.holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)
       if config.source != self.saved.config.source:
@@ -74,6 +91,8 @@ class Setup:
     if self.saved:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
     self.model = build_model(config.model, len(self.dataset.class_names))
+    steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
+    self.description = Description(self.model, self.dataset.class_names, steps)
 
     eval_step = make_eval_step(self.model, config.mean, config.std)
 
@@ -116,6 +135,13 @@ class Setup:
     metrics = evaluate(batches())
     return None if signals.received else metrics
 
+  def variables_of_weights(self) -> dict:
+    """Returns the variables that config.init_from holds, on every device."""
+    leaves = initialize.initial_variables(
+      self.config.init_from, self.model, self.dataset.class_names, new_head=False
+    )
+    return jax.device_put(traverse_util.unflatten_dict(leaves), self.replicated)
+
   def restore_best(self, checkpoints: Checkpoints) -> dict:
     """Returns the variables of the best checkpoint, averaged where averages are kept."""
     size = self.config.image_size
@@ -138,6 +164,8 @@ class TrainingSetup(Setup):
     if train is None:
       raise UserError(f'{config.source} has no training split')
     _check_attention(self.model, config.image_size)
+    # Before anything is written, so that weights that do not fit leave no run folder.
+    self.initial = self._read_weights() if config.init_from and not self.saved else None
     self.train_arrays = self.read(train)
     images = len(self.train_arrays.label)
     self.steps_per_epoch = images // config.batch_size
@@ -197,6 +225,24 @@ class TrainingSetup(Setup):
       compiler_options=quick,
     )
     self.progress = Progress(self.total_steps, self.steps_per_epoch, config.batch_size)
+
+  def from_weights(self, state: TrainState) -> TrainState:
+    """Returns the first state with the weights of config.init_from in it, if any."""
+    if not self.config.init_from:
+      return state
+    # Read already, unless a run that was killed before its first checkpoint begins again.
+    leaves, self.initial = self.initial or self._read_weights(), None
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables = initialize.replace_leaves(variables, leaves)
+    ema = None if state.ema is None else variables
+    # Each its own buffers: the step donates them all.
+    variables, ema = (jax.device_put(tree, self.replicated) for tree in (variables, ema))
+    return state.replace(**variables, ema=jax.tree.map(jnp.copy, ema))
+
+  def _read_weights(self):
+    return initialize.initial_variables(
+      self.config.init_from, self.model, self.dataset.class_names, new_head=True
+    )
 
   def _check_validation(self):
     c, d, default = self.config, self.dataset, EvalConfig()

@@ -12,6 +12,7 @@ from clu import metrics
 from einops import rearrange
 
 from cvt_flax.data.mixing import mix, random_erase, smoothed_targets
+from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.rng import Stream, stream_key
 from cvt_flax.training.config import AugmentConfig
 
@@ -73,13 +74,6 @@ def init_state(
     ema=jax.tree.map(jnp.copy, {'params': params, 'batch_stats': batch_stats}) if ema else None,
     window=TrainMetrics.empty(),
   )
-
-
-def normalize_pixels(images: jax.Array, mean: tuple, std: tuple) -> jax.Array:
-  """Returns uint8 images [b h w 3] as (pixel / 255 - mean) / std, float32."""
-  scale = jnp.asarray([1 / (255 * s) for s in std], jnp.float32)
-  shift = jnp.asarray([-m / s for m, s in zip(mean, std, strict=True)], jnp.float32)
-  return images.astype(jnp.float32) * scale + shift
 
 
 def make_train_step(

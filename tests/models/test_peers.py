@@ -9,18 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from cvt_flax import CvT
 from cvt_flax.models.geometry import multiply_adds
+from cvt_flax.weights.layouts import HUGGING_FACE, VIT_PYTORCH
 from tests.models.torch_weights import (
   assert_close,
   assert_gradients_close,
   draw,
-  from_official,
-  huggingface_to_official,
+  from_state_dict,
   quick_jit,
-  to_official,
-  vit_pytorch_to_official,
 )
 
 SIZE = (37, 50)
@@ -35,7 +34,7 @@ TINY = dict(
 
 
 def huggingface(peer):
-  """Returns (our model, theirs, a function from their state dict to official names)."""
+  """Returns (our model, theirs, the layout of its state dict)."""
   transformers = peer('transformers')
   ours = CvT(
     **TINY
@@ -63,11 +62,11 @@ def huggingface(peer):
     drop_path_rate=(0.0, 0.0),
   )
   module = transformers.CvtForImageClassification(config)
-  return ours, module, huggingface_to_official
+  return ours, module, HUGGING_FACE
 
 
 def vit_pytorch(peer):
-  """Returns (our model, theirs, a function from their state dict to official names)."""
+  """Returns (our model, theirs, the layout of its state dict)."""
   ours = CvT(
     **TINY,
     patch_paddings=(3, 1, 1),
@@ -87,7 +86,7 @@ def vit_pytorch(peer):
       f's{s + 1}_heads': ours.num_heads[s],
     }
   module = peer('vit_pytorch.cvt').CvT(num_classes=ours.num_classes, **stages)
-  return ours, module, vit_pytorch_to_official
+  return ours, module, VIT_PYTORCH
 
 
 def randomize(torch, module):
@@ -112,9 +111,9 @@ def logits_of(output):
 @pytest.mark.parametrize('make', [huggingface, vit_pytorch])
 def test_logits_gradients_and_statistics(make, peer):
   torch = peer('torch')
-  model, module, to_official_names = make(peer)
+  model, module, layout = make(peer)
   randomize(torch, module)
-  variables = from_official(model, to_official_names(module.state_dict()))
+  variables = from_state_dict(layout, model, module.state_dict())
   images = draw('images', (3, 3, *SIZE))
   x = images.transpose(0, 2, 3, 1)
   weights = np.arange(1, 6, dtype=np.float32)  # of the logits in the loss
@@ -140,11 +139,14 @@ def test_logits_gradients_and_statistics(make, peer):
 
   gradients, (actual, updates) = step(variables)
   assert_close(actual, logits.detach().numpy())
-  expected = to_official_names({k: p.grad for k, p in module.named_parameters()})
-  assert_gradients_close(to_official({'params': gradients}), expected)
-  state = to_official_names(module.state_dict())
-  for name, statistic in to_official(dict(updates)).items():
-    assert_close(statistic, state[name])
+  state = module.state_dict()
+  expected = from_state_dict(layout, model, state)
+  for path, statistic in flatten_dict(updates['batch_stats']).items():
+    assert_close(statistic, flatten_dict(expected['batch_stats'])[path])
+  # A state dict with gradients in the places of the parameters.
+  state |= {name: p.grad for name, p in module.named_parameters()}
+  expected = from_state_dict(layout, model, state)
+  assert_gradients_close(flatten_dict(gradients), flatten_dict(expected['params']))
 
 
 @pytest.mark.parametrize('make', [huggingface, vit_pytorch])

@@ -1,8 +1,7 @@
-"""PyTorch weights as our variables, and what else the comparisons of models share.
+"""Weights drawn by their official names, and what else the comparisons of models share.
 
-A state dict is {name: anything numpy can read}. The names of the authors' code (called official
-here) are our tree's names but for the layers' spellings below; those of Hugging Face and
-vit-pytorch are first turned into the official ones.
+The official names are spelled out here a second time, so that the golden files are a test of
+cvt_flax.weights.layouts too.
 """
 
 import functools
@@ -12,6 +11,8 @@ import zlib
 import jax
 import numpy as np
 from flax import traverse_util
+
+from cvt_flax.weights.layouts import leaf_shapes
 
 # For what is compiled once and run once: half the time to compile, the same arithmetic.
 quick_jit = functools.partial(
@@ -31,6 +32,8 @@ _LEAVES = {
   'var': 'running_var',
   'cls_token': 'cls_token',
 }
+# Linear [in, out] -> [out, in]; convolution [h, w, in, out] -> [out, in, h, w].
+_TRANSPOSED = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -74,7 +77,12 @@ def draw(name, shape):
 
 def drawn_variables(model):
   """Returns variables for `model` by the rule of `draw`: none has its initial value."""
-  return from_official(model, {k: draw(k, v) for k, v in official_shapes(model).items()})
+  leaves = {}
+  for path, shape in leaf_shapes(model).items():
+    drawn = draw(official_name(path), _to_torch(np.empty(shape)).shape)
+    axes = np.argsort(_TRANSPOSED.get(len(shape), range(len(shape))))
+    leaves[path] = drawn.transpose(axes).copy()
+  return {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
 
 
 def official_name(path):
@@ -86,32 +94,14 @@ def official_name(path):
 
 def official_shapes(model):
   """Returns {official name: PyTorch's shape} of the model's parameters and statistics."""
-  return {
-    official_name(path): _to_torch(np.empty(leaf.shape)).shape
-    for path, leaf in _leaves(model).items()
-  }
+  leaves = leaf_shapes(model).items()
+  return {official_name(path): _to_torch(np.empty(shape)).shape for path, shape in leaves}
 
 
-def from_official(model, state):
-  """Returns the variables {'params', 'batch_stats'} that hold an official state dict.
-
-  Args:
-    model: the linen module they are for.
-    state: {official name: array}.
-
-  Raises:
-    ValueError: when a name is missing, left over, or has another shape.
-  """
-  state = {k: np.asarray(v) for k, v in state.items() if not k.endswith('num_batches_tracked')}
-  leaves = {official_name(path): (path, leaf) for path, leaf in _leaves(model).items()}
-  if state.keys() != leaves.keys():
-    raise ValueError(f'names that differ: {sorted(state.keys() ^ leaves.keys())}')
-  flat = {}
-  for name, (path, leaf) in leaves.items():
-    flat[path] = _from_torch(state[name])
-    if flat[path].shape != leaf.shape:
-      raise ValueError(f'{name}: {state[name].shape} does not fit {leaf.shape}')
-  return {'batch_stats': {}} | traverse_util.unflatten_dict(flat)
+def from_state_dict(layout, model, state):
+  """Returns the variables {'params', 'batch_stats'} that a state dict of a layout holds."""
+  shapes = {name: tuple(value.shape) for name, value in state.items()}
+  return layout.unpack(model, shapes, lambda name: np.asarray(state[name]), 'the state dict')
 
 
 def to_official(tree):
@@ -120,89 +110,5 @@ def to_official(tree):
   return {official_name(path): _to_torch(np.asarray(leaf)) for path, leaf in flat.items()}
 
 
-# A part of a Hugging Face name -> the official part. In this order.
-_HUGGINGFACE = [
-  (r'^cvt\.encoder\.stages\.(\d+)\.', r'stage\1.'),
-  (r'^layernorm\.', 'norm.'),
-  (r'^classifier\.', 'head.'),
-  (r'\.embedding\.convolution_embeddings\.projection\.', '.patch_embed.proj.'),
-  (r'\.embedding\.convolution_embeddings\.normalization\.', '.patch_embed.norm.'),
-  (r'\.layers\.(\d+)\.', r'.blocks.\1.'),
-  (r'\.layernorm_before\.', '.norm1.'),
-  (r'\.layernorm_after\.', '.norm2.'),
-  (r'\.attention\.output\.dense\.', '.attn.proj.'),
-  (r'\.intermediate\.dense\.', '.mlp.fc1.'),
-  (r'\.output\.dense\.', '.mlp.fc2.'),
-  (r'\.attention\.attention\.', '.attn.'),
-  (r'\.convolution_projection_([qkv])\w+\.convolution_projection\.', r'.conv_proj_\1.'),
-  (r'\.convolution\.', '.conv.'),
-  (r'\.normalization\.', '.bn.'),
-  (r'\.projection_([qkv])\w+\.', r'.proj_\1.'),
-]
-
-
-def huggingface_to_official(state):
-  """Renames the state dict of transformers' CvtForImageClassification."""
-  renamed = {}
-  for name, value in state.items():
-    for pattern, replacement in _HUGGINGFACE:
-      name = re.sub(pattern, replacement, name)
-    renamed[name] = value
-  return renamed
-
-
-# A part of a vit-pytorch name -> the official part; s and j are replaced by their numbers.
-_VIT_PYTORCH = [
-  (r'^layers\.(\d+)\.0\.', r'stage\1.patch_embed.proj.'),
-  (r'^layers\.(\d+)\.1\.', r'stage\1.patch_embed.norm.'),
-  (r'^layers\.(\d+)\.2\.layers\.(\d+)\.', r'stage\1.blocks.\2.'),
-  (r'^to_logits\.2\.', 'head.'),
-  (r'\.0\.norm\.', '.norm1.'),
-  (r'\.1\.net\.0\.', '.norm2.'),
-  (r'\.1\.net\.1\.', '.mlp.fc1.'),
-  (r'\.1\.net\.4\.', '.mlp.fc2.'),
-  (r'\.0\.to_out\.0\.', '.attn.proj.'),
-  (r'\.0\.to_(q|kv)\.net\.0\.', r'.attn.conv_proj_\1.conv.'),
-  (r'\.0\.to_(q|kv)\.net\.1\.', r'.attn.conv_proj_\1.bn.'),
-  (r'\.0\.to_(q|kv)\.net\.2\.', r'.attn.proj_\1.'),
-  (r'\.g$', '.weight'),
-  (r'\.b$', '.bias'),
-]
-
-
-def vit_pytorch_to_official(state):
-  """Renames the state dict of vit_pytorch.cvt.CvT.
-
-  Its linear layers are 1x1 convolutions, its layer norms have two trailing axes of 1, and one
-  projection yields keys and values, in this order.
-  """
-  renamed = {}
-  for name, value in state.items():
-    value = np.asarray(value)
-    for pattern, replacement in _VIT_PYTORCH:
-      name = re.sub(pattern, replacement, name)
-    if name.endswith(('.norm.weight', '.norm.bias')) or '.norm1.' in name or '.norm2.' in name:
-      value = value.reshape(-1)
-    elif re.search(r'\.(fc1|fc2|proj_q|proj_kv|attn\.proj)\.weight$', name):
-      value = value[:, :, 0, 0]
-    if '.proj_kv.' in name:
-      for part, half in zip('kv', np.split(value, 2), strict=True):
-        renamed[name.replace('.proj_kv.', f'.proj_{part}.')] = half
-    else:
-      renamed[name] = value
-  return renamed
-
-
-def _leaves(model):
-  images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-  return traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
-
-
-def _from_torch(x):
-  # Linear [out, in] -> [in, out]; convolution [out, in, h, w] -> [h, w, in, out]. A copy: numpy
-  # shares PyTorch's memory, and PyTorch writes new running statistics over the old ones.
-  return x.transpose({2: (1, 0), 4: (2, 3, 1, 0)}.get(x.ndim, range(x.ndim))).copy()
-
-
 def _to_torch(x):
-  return x.transpose({2: (1, 0), 4: (3, 2, 0, 1)}.get(x.ndim, range(x.ndim)))
+  return x.transpose(_TRANSPOSED.get(x.ndim, range(x.ndim)))

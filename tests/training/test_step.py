@@ -11,10 +11,11 @@ import pytest
 
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.layers import BatchNorm
+from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.training import setup
 from cvt_flax.training.config import AugmentConfig, OptimizerConfig, freeze, get_config
 from cvt_flax.training.optimizer import make_optimizer
-from cvt_flax.training.step import init_state, make_train_step, normalize_pixels
+from cvt_flax.training.step import init_state, make_train_step
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 CLASSES = 5

@@ -1,0 +1,72 @@
+"""python -m cvt_flax.convert SRC DST: weights between PyTorch and Flax, both ways."""
+
+import argparse
+import sys
+
+from cvt_flax import command_line
+
+_EPILOG = """\
+SRC is a .pth file of the authors' code or of vit-pytorch, a folder of Hugging Face
+(config.json with model.safetensors or pytorch_model.bin), hf:NAME, a folder that this
+program wrote, or the run folder of a training. DST must not exist.
+
+  python -m cvt_flax.convert CvT-13-224x224-IN-1k.pth cvt-13/
+  python -m cvt_flax.convert runs/cvt13_cifar10-seed0 for_transformers/ --to=huggingface
+"""
+# Fewer than these are read in a moment.
+_MANY_PARAMETERS = 50_000_000
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Runs the command line; see `cvt_flax.convert_weights` for the same as a function."""
+  parser = command_line.Parser(
+    prog='python -m cvt_flax.convert',
+    description=__doc__,
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('source', metavar='SRC')
+  parser.add_argument('destination', metavar='DST')
+  parser.add_argument(
+    '--to',
+    default='',
+    metavar='LAYOUT',
+    help='flax, official, huggingface or vit-pytorch; by default official for a DST that ends '
+    'with .pth, else flax',
+  )
+  parser.add_argument('--model', default='', help='where the weights do not say it themselves')
+  parser.add_argument(
+    '--activation', default='', help="quick_gelu or gelu, in place of the model's"
+  )
+  parser.add_argument(
+    '--check', action='store_true', help='compare with PyTorch on random images before writing'
+  )
+  options = parser.parse_args(arguments)
+
+  from cvt_flax.weights.conversion import convert_weights  # here: wrong arguments are told at once
+
+  report = convert_weights(**vars(options), progress=_progress)
+  for note in report['notes']:
+    print(f'note: {note}')
+  print(
+    f'{options.source} ({report["from"]}): {report["parameters"]:,} parameters, '
+    f'{report["num_classes"]} classes, images of {report["image_size"]}x{report["image_size"]}, '
+    f'{report["activation"]}'
+  )
+  if 'logits' in report:
+    maps = ', '.join(f'{d:.1e}' for d in report['maps'])
+    print(
+      f'against PyTorch, max|difference| / max|value|: logits {report["logits"]:.1e}, '
+      f'stage maps {maps}'
+    )
+  print(f'{options.destination} ({report["to"]}) written')
+
+
+def _progress(done, total):
+  if total >= _MANY_PARAMETERS and sys.stderr.isatty():
+    end = '\n' if done == total else ''
+    print(f'\rread {done / 1e6:,.0f} of {total / 1e6:,.0f} M numbers', end=end, file=sys.stderr)
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,199 @@
+"""python -m cvt_flax.predict --weights=W IMAGE...: what is in the pictures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import json
+import pathlib
+import sys
+import typing
+from collections.abc import Iterable, Iterator
+
+from cvt_flax import command_line
+from cvt_flax.errors import UserError
+from cvt_flax.weights import files
+
+if typing.TYPE_CHECKING:
+  from cvt_flax.weights.pretrained import Weights
+
+# What is taken of a folder; an image that is named may be called as it likes.
+_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm')
+_BAR = 20  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """The most probable classes of an image, the first one the most.
+
+  Attributes:
+    image: its path.
+    classes: their numbers.
+    names: theirs; 'class 3' where the weights have none.
+    probabilities: theirs, of the softmax over all classes.
+  """
+
+  image: str
+  classes: tuple[int, ...]
+  names: tuple[str, ...]
+  probabilities: tuple[float, ...]
+
+
+def predict_images(
+  weights: str | pathlib.Path | Weights,
+  images: Iterable[str | pathlib.Path],
+  top: int = 5,
+  image_size: int = 0,
+  batch_size: int = 8,
+) -> Iterator[Prediction]:
+  """Classifies image files, a batch at a time.
+
+  Images are decoded upright, resized and cropped as the weights' preprocessing says, and
+  normalised. Every batch has the same shape, so the network is compiled once.
+
+  Args:
+    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    images: paths of files, folders (their images, sorted, not their folders') and patterns such as
+      'photos/*.jpg'.
+    top: how many classes of each image; all where there are fewer.
+    image_size: height and width in place of the weights' own; 0 keeps theirs.
+    batch_size: images that are computed at once.
+
+  Yields:
+    A Prediction for each image.
+
+  Raises:
+    UserError: the weights or an image cannot be read, there is no image, or the model has no
+      classifier.
+  """
+  import jax  # here, so that a command line with wrong arguments says so at once
+  import jax.numpy as jnp
+  import numpy as np
+
+  from cvt_flax.data import images as pictures
+  from cvt_flax.ops.pixels import normalize_pixels
+  from cvt_flax.weights import pretrained
+
+  if top < 1 or batch_size < 1 or image_size < 0:
+    raise UserError(
+      f'top={top}, batch_size={batch_size}: at least 1 is needed; image_size={image_size}: at '
+      'least 0'
+    )
+  paths = list(_expand(images))
+  if not isinstance(weights, pretrained.Weights):
+    weights = pretrained.load(weights)
+  model, steps = weights.model, weights.description.preprocessing
+  if not model.num_classes:
+    raise UserError(f'{weights.source} has no classifier')
+  if image_size:
+    steps = dataclasses.replace(steps, image_size=image_size)
+  names = weights.description.class_names
+  top = min(top, model.num_classes)
+
+  @jax.jit
+  def classify(variables, batch):
+    logits = model.apply(variables, normalize_pixels(batch, steps.mean, steps.std))
+    return jax.lax.top_k(jax.nn.softmax(logits), top)
+
+  def read(path):
+    try:
+      data = path.read_bytes()
+    except OSError as e:
+      raise UserError(f'{path}: {e.strerror}') from e
+    return pictures.prepare(pictures.decode(data, str(path)), steps.image_size, steps.crop_ratio)
+
+  variables = jax.device_put(weights.variables)
+  for start in range(0, len(paths), batch_size):
+    part = paths[start : start + batch_size]
+    pixels = np.stack([read(path) for path in part])
+    padding = batch_size - len(part) if len(paths) > batch_size else 0
+    pixels = np.pad(pixels, [(0, padding), (0, 0), (0, 0), (0, 0)])
+    probabilities, classes = jax.device_get(classify(variables, jnp.asarray(pixels)))
+    for path, found, shares in zip(part, classes, probabilities, strict=False):
+      yield Prediction(
+        str(path),
+        tuple(found.tolist()),
+        tuple(names[i] if names else f'class {i}' for i in found.tolist()),
+        tuple(shares.tolist()),
+      )
+
+
+def _expand(images):
+  """Yields the files that files, folders and patterns stand for."""
+  empty = True
+  for image in images:
+    path = pathlib.Path(image)
+    if path.is_dir():
+      found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    elif path.exists():
+      found = [path]
+    else:
+      found = [pathlib.Path(p) for p in sorted(glob.glob(str(image), recursive=True))]
+    if not found:
+      what = 'holds no image' if path.is_dir() else 'there is no such file'
+      raise UserError(f'{image}: {what}')
+    empty = False
+    yield from found
+  if empty:
+    raise UserError('no image is given')
+
+
+def main(arguments: list[str] | None = None) -> None:
+  """Runs the command line; see `predict_images` for the same as a function."""
+  parser = command_line.Parser(
+    prog='python -m cvt_flax.predict',
+    description=__doc__,
+    epilog='W is a .pth file, a folder of Hugging Face, hf:NAME, a folder that cvt_flax.convert '
+    'wrote, or a run folder.',
+  )
+  parser.add_argument('--weights', required=True, metavar='W')
+  parser.add_argument('images', nargs='+', metavar='IMAGE', help='a file, a folder or a pattern')
+  parser.add_argument('--top', type=int, default=5, help='classes of each image, 5')
+  parser.add_argument('--image_size', type=int, default=0, help="in place of the weights' own")
+  parser.add_argument('--batch_size', type=int, default=8, help='images computed at once, 8')
+  output = parser.add_mutually_exclusive_group()
+  output.add_argument('--json', action='store_true', help='print a JSON object for each image')
+  output.add_argument('--csv', metavar='FILE', help='write a line for each class of each image')
+  options = parser.parse_args(arguments)
+
+  from cvt_flax.weights import pretrained
+
+  if options.csv:
+    files.check_new(pathlib.Path(options.csv))
+  weights = pretrained.load(options.weights)
+  for note in weights.notes:  # not on the standard output, which may be read by a program
+    print(f'note: {note}', file=sys.stderr)
+  predictions = predict_images(
+    weights, options.images, options.top, options.image_size, options.batch_size
+  )
+  if options.csv:
+    _write_csv(pathlib.Path(options.csv), predictions)
+    return
+  show = _show_json if options.json else _show_table
+  for prediction in predictions:
+    show(prediction)
+
+
+def _show_json(prediction):
+  print(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False), flush=True)
+
+
+def _show_table(prediction):
+  print(prediction.image)
+  for name, share in zip(prediction.names, prediction.probabilities, strict=True):
+    bar = '#' * round(share * _BAR)
+    print(f'  {share:6.1%}  {bar:{_BAR}}  {name}')
+
+
+def _write_csv(path, predictions):
+  with files.new_path(path) as new, new.open('w', newline='', encoding='utf-8') as file:
+    writer = csv.writer(file)
+    writer.writerow(['image', 'rank', 'class', 'name', 'probability'])
+    for p in predictions:
+      rows = zip(p.classes, p.names, p.probabilities, strict=True)
+      writer.writerows([p.image, rank, *row] for rank, row in enumerate(rows, start=1))
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,80 @@
+"""init_from: a run, or an evaluation, that starts from weights."""
+
+from __future__ import annotations
+
+import numpy as np
+from flax import traverse_util
+
+from cvt_flax.errors import UserError
+from cvt_flax.models.cvt import CvT
+from cvt_flax.weights import architecture, layouts, pretrained
+from cvt_flax.weights.description import same_classes
+
+_HEAD = 'head'
+# What only training sees, and what the head's size is.
+_OF_TRAINING = ('num_classes', 'drop_rates', 'attn_drop_rates', 'drop_path_rates')
+
+
+def initial_variables(
+  source: str, model: CvT, class_names: tuple[str, ...], new_head: bool
+) -> dict:
+  """Reads what `model` takes of weights, and prints what that is.
+
+  Args:
+    source: config.init_from.
+    model: of the run.
+    class_names: of the data.
+    new_head: whether the head may start anew where the weights have other classes.
+
+  Returns:
+    {path: array} of parameters and statistics: all of the model's, or all but its head's.
+
+  Raises:
+    UserError: the weights cannot be read, do not fit the model, or are of other classes where they
+      have to be the data's.
+  """
+  weights = pretrained.load(source)
+  for note in weights.notes:
+    print(f'{source}: {note}')
+  names, classes = weights.description.class_names, weights.model.num_classes
+  same = classes == model.num_classes and same_classes(names, class_names)
+  if not same and not new_head:
+    raise UserError(
+      f'{source} has {classes} classes ({", ".join(names[:3]) or "without names"}), the data '
+      f'{len(class_names)} ({", ".join(class_names[:3])}): the same classes are needed'
+    )
+  shapes = layouts.leaf_shapes(model)
+  leaves = traverse_util.flatten_dict(weights.variables)
+  if not same:
+    leaves, body = _without_head(leaves), _without_head(shapes)
+  else:
+    body = shapes
+  found = {path: x.shape for path, x in leaves.items()}
+  layouts.check(
+    f'init_from={source}', *({'/'.join(p): s for p, s in t.items()} for t in (body, found))
+  )
+  print(
+    f'from {source} ({weights.kind}): {len(leaves)} of {len(shapes)} tensors'
+    + (
+      '' if same else f'; the head starts anew, for {len(class_names)} classes instead of {classes}'
+    )
+  )
+  theirs, own = architecture.attributes(weights.model), architecture.attributes(model)
+  changed = [
+    f'{name} {theirs[name]!r} -> {own[name]!r}'
+    for name in own
+    if theirs[name] != own[name] and name not in _OF_TRAINING
+  ]
+  if changed:
+    print(f'the model of this config is not that of the weights: {", ".join(changed)}')
+  return leaves
+
+
+def replace_leaves(tree: dict, leaves: dict[tuple[str, ...], np.ndarray]) -> dict:
+  """Returns the tree with some leaves replaced."""
+  flat = traverse_util.flatten_dict(tree, keep_empty_nodes=True)
+  return traverse_util.unflatten_dict(flat | leaves)
+
+
+def _without_head(leaves):
+  return {path: leaf for path, leaf in leaves.items() if path[1] != _HEAD}

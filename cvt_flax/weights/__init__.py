@@ -1,0 +1,1 @@
+"""Parameters in and out: PyTorch's layouts, files, run folders."""

@@ -1,0 +1,363 @@
+"""Which CvT tensors belong to: read from their shapes or a config, and told to others."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+
+from cvt_flax.errors import UserError
+from cvt_flax.models.cvt import CvT
+from cvt_flax.models.options import StageOptions, resolve
+from cvt_flax.models.zoo import VARIANTS, create_model
+from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# What a CvT computes on, not what it computes, and what depends on the batch.
+_NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size')
+
+# In all released weights a head has 64 channels; vit-pytorch's default, which nothing changes.
+_HEAD_DIM = 64
+# Strides leave no trace in the tensors. Kernels of these sizes have these strides in every config
+# of the authors and by default in vit-pytorch; stride 2 for keys and values likewise.
+_PATCHES = {'patch_sizes': (7, 3, 3), 'patch_strides': (4, 2, 2)}
+
+
+def attributes(model: CvT) -> dict:
+  """Returns the attributes of `model` as JSON values: all but dtype and bn_group_size."""
+  values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+  return {k: v for k, v in values.items() if k not in _NOT_KEPT}
+
+
+def from_attributes(values: Mapping, where: str) -> CvT:
+  """Returns the CvT with the attributes that `attributes` returned.
+
+  Args:
+    values: they, as read from JSON.
+    where: they were read, for the message.
+
+  Raises:
+    UserError: they are damaged or do not fit together.
+  """
+  allowed = set(CvT.__dataclass_fields__) - set(_NOT_KEPT)
+  if not isinstance(values, Mapping) or values.keys() != allowed:
+    raise UserError(f'{where}: the attributes of CvT are needed: {", ".join(sorted(allowed))}')
+  try:
+    return CvT(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+  except (ValueError, TypeError) as e:
+    raise UserError(f'{where}: {e}') from e
+
+
+def named(name: str, num_classes: int, activation: str = '') -> CvT:
+  """Returns the model of that name, as `create_model`, with a UserError."""
+  try:
+    return create_model(name, num_classes, **({'activation': activation} if activation else {}))
+  except ValueError as e:
+    raise UserError(str(e)) from e
+
+
+def with_activation(model: CvT, activation: str) -> CvT:
+  """Returns `model` with another activation; '' leaves it."""
+  try:
+    return model.clone(activation=activation or model.activation)
+  except ValueError as e:
+    raise UserError(str(e)) from e
+
+
+def layout_of(names: Shapes, source: str) -> Layout:
+  """Returns the layout that tensors of these names have.
+
+  Raises:
+    UserError: it is none that is known.
+  """
+  for layout in LAYOUTS.values():
+    if layout.marker in names:
+      return layout
+  known = '; '.join(f'{layout.name} has {layout.marker}' for layout in LAYOUTS.values())
+  few = ', '.join(itertools.islice(names, 3))
+  raise UserError(f'{source} holds no CvT that is known ({few}, ...): {known}')
+
+
+def num_classes(layout: Layout, shapes: Shapes) -> int:
+  """Returns the length of the logits; 0 where there is no classifier."""
+  weight = shapes.get(f'{layout.modules["head"]}.weight', ())
+  return weight[0] if len(weight) == 2 else 0
+
+
+def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
+  """Returns the CvT whose tensors have these names and shapes, in the official or vit-pytorch's.
+
+  What leaves no trace in them (strides, heads, activation) is taken from what the authors, or
+  vit-pytorch, have for the same shapes.
+
+  Raises:
+    UserError: something cannot be known from the shapes; --model says it.
+  """
+  help_ = 'give its name, --model=NAME of cvt_flax.convert, or in Python model=CvT(...)'
+
+  def shape(name, axes):
+    found = shapes.get(name)
+    if found is None or len(found) != axes:
+      have = 'is missing' if found is None else f'has the shape {list(found)}'
+      raise UserError(f'{source}: {name} {have}, and without it the model cannot be known; {help_}')
+    return found
+
+  def name(module, leaf, s='', j='', p=''):
+    return f'{layout.modules[module].format(s=s, j=j, p=p)}.{leaf}'
+
+  def count(module, **numbers):
+    """Returns how many blocks, or stages, there are."""
+    letter = 'j' if numbers else 's'
+    names = (name(module, 'weight', **numbers, **{letter: n}) for n in itertools.count())
+    return sum(1 for _ in itertools.takewhile(shapes.__contains__, names))
+
+  embed, fc1, q = 'stage{s}/patch_embed/proj', 'stage{s}/blocks_{j}/mlp/fc1', ''
+  conv, q = 'stage{s}/blocks_{j}/attn/conv_proj_{p}/conv', 'stage{s}/blocks_{j}/attn/proj_{p}'
+  stages = range(count(embed))
+  depths = tuple(count(fc1, s=s) for s in stages)
+  if not all(depths):
+    raise UserError(f'{source}: stage {depths.index(0)} has no block; {help_}')
+  axes = 4 if layout is VIT_PYTORCH else 2
+  patches = [shape(name(embed, 'weight', s), 4) for s in stages]
+  dims = tuple(patch[0] for patch in patches)
+  sizes = tuple(patch[2] for patch in patches)
+  if name(conv, 'weight', 0, 0, 'q') not in shapes:
+    raise UserError(
+      f"{source} has no convolutions of queries, so its projection is 'avg' or 'linear', which "
+      f'does not show in the tensors; {help_}'
+    )
+  kernels = tuple(shape(name(conv, 'weight', s, 0, 'q'), 4)[2] for s in stages)
+  inner = tuple(shape(name(q, 'weight', s, 0, 'q'), axes)[0] for s in stages)
+  if sizes != _PATCHES['patch_sizes']:
+    raise UserError(
+      f'{source}: embeddings with kernels of {sizes} pixels, whose strides do not show in the '
+      f'tensors; {help_}'
+    )
+  if any(n % _HEAD_DIM for n in inner):
+    raise UserError(
+      f'{source}: {inner} channels in the attention, which are not heads of {_HEAD_DIM}; {help_}'
+    )
+  values = dict(
+    num_classes=num_classes(layout, shapes),
+    embed_dims=dims,
+    depths=depths,
+    num_heads=tuple(n // _HEAD_DIM for n in inner),
+    mlp_ratios=tuple(
+      shape(name(fc1, 'weight', s, 0), axes)[0] / dim for s, dim in zip(stages, dims, strict=True)
+    ),
+    qkv_kernels=kernels,
+    kv_strides=(2,) * len(stages),
+    drop_path_rates=_drop_path_rates(dims, depths),
+    **_PATCHES,
+  )
+  if layout is VIT_PYTORCH:
+    values |= dict(
+      patch_paddings=tuple(size // 2 for size in sizes),
+      cls_token=(False,) * len(stages),
+      shared_kv=True,
+      head_dim=_HEAD_DIM,
+      attention_scale='head_dim',
+      qkv_bias=False,
+      activation='gelu',
+      pool='mean',
+      final_norm=False,
+    )
+  else:
+    cls = tuple(name('stage{s}', 'cls_token', s) in shapes for s in stages)
+    values |= dict(
+      patch_paddings=(2, 1, 1),
+      cls_token=cls,
+      qkv_bias=name(q, 'bias', 0, 0, 'q') in shapes,
+      pool='cls' if cls[-1] else 'mean',
+    )
+  try:
+    return CvT(**values)
+  except ValueError as e:
+    raise UserError(f'{source}: {e}') from e
+
+
+def _drop_path_rates(dims, depths):
+  """Returns what the named model of these sizes is trained with; zeros where there is none."""
+  for variant in VARIANTS.values():
+    if (variant['embed_dims'], variant['depths']) == (dims, depths):
+      return variant['drop_path_rates']
+  return (0.0,) * len(dims)
+
+
+# Hugging Face's config.json: their key -> ours, one entry a stage.
+_CONFIG = {
+  'embed_dim': 'embed_dims',
+  'depth': 'depths',
+  'num_heads': 'num_heads',
+  'patch_sizes': 'patch_sizes',
+  'patch_stride': 'patch_strides',
+  'patch_padding': 'patch_paddings',
+  'mlp_ratio': 'mlp_ratios',
+  'cls_token': 'cls_token',
+  'kernel_qkv': 'qkv_kernels',
+  'stride_kv': 'kv_strides',
+  'drop_rate': 'drop_rates',
+  'attention_drop_rate': 'attn_drop_rates',
+  'drop_path_rate': 'drop_path_rates',
+}
+# Its keys that must have one value in all stages for our attributes to say the same. Their
+# defaults, and those of the keys above that a config may leave out, are CvtConfig's.
+_CONFIG_DEFAULTS = {
+  'embed_dim': (64, 192, 384),
+  'depth': (1, 2, 10),
+  'num_heads': (1, 3, 6),
+  'patch_sizes': (7, 3, 3),
+  'patch_stride': (4, 2, 2),
+  'patch_padding': (2, 1, 1),
+  'mlp_ratio': (4.0, 4.0, 4.0),
+  'cls_token': (False, False, True),
+  'kernel_qkv': (3, 3, 3),
+  'stride_kv': (2, 2, 2),
+  'stride_q': (1, 1, 1),
+  'padding_kv': (1, 1, 1),
+  'padding_q': (1, 1, 1),
+  'qkv_bias': (True, True, True),
+  'qkv_projection_method': ('dw_bn', 'dw_bn', 'dw_bn'),
+  'drop_rate': (0.0, 0.0, 0.0),
+  'attention_drop_rate': (0.0, 0.0, 0.0),
+  'drop_path_rate': (0.0, 0.0, 0.1),
+}
+
+
+def from_huggingface(config: Mapping, classes: int, where: str) -> CvT:
+  """Returns the CvT that transformers would build from its config.json.
+
+  Its MLP computes the exact GELU, whatever the weights were trained with; where the config has
+  our key 'activation' that is taken.
+
+  Raises:
+    UserError: the config is damaged, or of something that this model cannot be.
+  """
+  try:
+    values = {k: tuple(config.get(k, default)) for k, default in _CONFIG_DEFAULTS.items()}
+  except TypeError as e:
+    raise UserError(f'{where}: a list for every stage is needed: {e}') from e
+  half = tuple(k // 2 for k in values['kernel_qkv'] if isinstance(k, int))
+  for key, needed in (
+    ('qkv_projection_method', ('dw_bn',) * len(values['embed_dim'])),
+    ('stride_q', (1,) * len(values['embed_dim'])),
+    ('padding_q', half),
+    ('padding_kv', half),
+    ('qkv_bias', values['qkv_bias'][:1] * len(values['embed_dim'])),
+  ):
+    if values[key] != needed:
+      raise UserError(f'{where}: {key}={list(values[key])}: only {list(needed)} can be read here')
+  try:
+    return CvT(
+      num_classes=classes,
+      qkv_bias=bool(values['qkv_bias'][0]),
+      activation=config.get('activation', 'gelu'),
+      pool='cls' if values['cls_token'][-1] else 'mean',
+      **{ours: values[theirs] for theirs, ours in _CONFIG.items()},
+    )
+  except (ValueError, TypeError, IndexError) as e:
+    raise UserError(f'{where}: {e}') from e
+
+
+def to_huggingface(model: CvT) -> dict:
+  """Returns the config.json of CvtForImageClassification for `model`, less its class names."""
+  stages = resolve(model)
+
+  def each(attribute):
+    return [getattr(o, attribute) for o in stages]
+
+  return {
+    'model_type': 'cvt',
+    'architectures': ['CvtForImageClassification'],
+    'dtype': 'float32',
+    'num_channels': 3,
+    'embed_dim': each('embed_dim'),
+    'depth': each('depth'),
+    'num_heads': each('num_heads'),
+    'patch_sizes': each('patch_size'),
+    'patch_stride': each('patch_stride'),
+    'patch_padding': each('patch_padding'),
+    'mlp_ratio': [float(ratio) for ratio in model.mlp_ratios],
+    'cls_token': [bool(cls) for cls in each('cls_token')],
+    'qkv_projection_method': each('projection'),
+    'qkv_bias': each('qkv_bias'),
+    'kernel_qkv': each('qkv_kernel'),
+    'padding_kv': each('qkv_padding'),
+    'stride_kv': each('kv_stride'),
+    'padding_q': each('qkv_padding'),
+    'stride_q': each('q_stride'),
+    'drop_rate': [float(rate) for rate in each('drop_rate')],
+    'attention_drop_rate': [float(rate) for rate in each('attn_drop_rate')],
+    'drop_path_rate': [float(rate) for rate in each('drop_path_rate')],
+    # transformers ignores this key and computes 'gelu'.
+    'activation': model.activation,
+  }
+
+
+# What a layout needs a model to be: (attribute, the words for it, whether a stage is so).
+_Needs = tuple[tuple[str, str, Callable[[StageOptions], bool]], ...]
+_COMMON: _Needs = (
+  ('head_dim', 'embed_dim // num_heads', lambda o: o.head_dim * o.num_heads == o.embed_dim),
+  ('attention_scale', "'embed_dim'", lambda o: o.scale == o.embed_dim**-0.5),
+  ('shared_kv', 'False', lambda o: not o.shared_kv),
+  ('out_bias', 'True', lambda o: o.out_bias),
+  ('mlp_bias', 'True', lambda o: o.mlp_bias),
+)
+_NEEDS: dict[str, _Needs] = {
+  OFFICIAL.name: (
+    *_COMMON,
+    ('activation', "'quick_gelu'", lambda o: o.activation == 'quick_gelu'),
+  ),
+  HUGGING_FACE.name: (
+    *_COMMON,
+    ('projection', "'dw_bn'", lambda o: o.projection == 'dw_bn'),
+  ),
+  VIT_PYTORCH.name: (
+    ('projection', "'dw_bn'", lambda o: o.projection == 'dw_bn'),
+    ('shared_kv', 'True', lambda o: o.shared_kv),
+    ('head_dim', str(_HEAD_DIM), lambda o: o.head_dim == _HEAD_DIM),
+    ('attention_scale', "'head_dim'", lambda o: o.scale == o.head_dim**-0.5),
+    ('qkv_bias', 'False', lambda o: not o.qkv_bias),
+    ('out_bias', 'True', lambda o: o.out_bias),
+    ('mlp_bias', 'True', lambda o: o.mlp_bias),
+    ('cls_token', 'False', lambda o: not o.cls_token),
+    ('activation', "'gelu'", lambda o: o.activation == 'gelu'),
+    ('patch_paddings', 'patch_sizes // 2', lambda o: o.patch_padding == o.patch_size // 2),
+    ('mlp_ratios', 'integers', lambda o: o.mlp_dim % o.embed_dim == 0),
+  ),
+}
+
+
+def check_expressible(layout: Layout, model: CvT) -> None:
+  """Checks that a layout can hold what `model` computes.
+
+  Raises:
+    UserError: listing the attributes that it has no place for.
+  """
+  stages = resolve(model)
+  problems = [
+    f'{name}={getattr(model, name)!r} (only {words})'
+    for name, words, holds in _NEEDS[layout.name]
+    if not all(map(holds, stages))
+  ]
+  if layout is VIT_PYTORCH:
+    wanted = {'final_norm': False, 'pool': 'mean'}
+    if len(stages) != 3:
+      problems.append(f'{len(stages)} stages (only 3)')
+  else:
+    wanted = {'final_norm': True, 'pool': 'cls' if stages[-1].cls_token else 'mean'}
+  if layout is HUGGING_FACE and any(o.cls_token for o in stages[:-1]):
+    problems.append(f'cls_token={model.cls_token!r} (only in the last stage)')
+  # It takes the drop path rate of all blocks of a stage from the block with the stage's number.
+  if layout is HUGGING_FACE and any(o.depth <= s for s, o in enumerate(stages)):
+    problems.append(f'depths={model.depths!r} (only at least 1, 2, 3, ... blocks a stage)')
+  problems += [
+    f'{name}={getattr(model, name)!r} (only {value!r})'
+    for name, value in wanted.items()
+    if getattr(model, name) != value
+  ]
+  if layout is not OFFICIAL and not model.num_classes:
+    problems.append('num_classes=0 (only with a classifier)')
+  if problems:
+    raise UserError(f'the layout {layout.name!r} cannot hold this model: {", ".join(problems)}')

@@ -1,0 +1,91 @@
+"""Weights from one layout to another."""
+
+from __future__ import annotations
+
+import pathlib
+
+from cvt_flax.errors import UserError, nearest
+from cvt_flax.models.cvt import CvT
+from cvt_flax.weights import parity, pretrained
+from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL
+from cvt_flax.weights.pretrained import FLAX, Progress, Weights
+
+KINDS = (FLAX, *LAYOUTS)
+
+
+def convert_weights(
+  source: str | pathlib.Path,
+  destination: str | pathlib.Path,
+  to: str = '',
+  model: str | CvT = '',
+  activation: str = '',
+  check: bool = False,
+  progress: Progress | None = None,
+) -> dict:
+  """Converts weights between PyTorch's layouts and ours.
+
+  Args:
+    source: as for `load_pretrained`.
+    destination: a new folder ('flax', 'huggingface') or .pth file ('official', 'vit-pytorch').
+    to: 'flax', 'official', 'huggingface' or 'vit-pytorch'; '' is 'official' for a destination whose
+      name ends with .pth, else 'flax'.
+    model: a name of `list_models()`, or a CvT, where the weights do not say it themselves.
+    activation: 'quick_gelu' or 'gelu' in place of the model's own.
+    check: whether to compare logits and stage maps with PyTorch on random images, before anything
+      is written.
+    progress: called as progress(done, total) in parameters while the source is read.
+
+  Returns:
+    {'from', 'to', 'parameters', 'num_classes', 'image_size', 'activation', 'notes'}; and with
+    `check` 'logits' and 'maps', max|difference| / max|value| of each.
+
+  Raises:
+    UserError: the source is damaged or does not fit, the destination exists or cannot hold the
+      model, or PyTorch is needed and not installed. Nothing is left behind.
+  """
+  destination = pathlib.Path(destination)
+  to = to or (OFFICIAL.name if destination.suffix == '.pth' else FLAX)
+  if to not in KINDS:
+    raise UserError(f'to={to!r}: one of {", ".join(KINDS)} is needed{nearest(to, KINDS)}')
+  weights = pretrained.load(source, model, activation, progress)
+  pretrained.check_writable(weights, destination, to)
+  notes = list(weights.notes)
+  if to == HUGGING_FACE.name and weights.model.activation == 'quick_gelu':
+    notes.append(_export_note(weights))
+  report = {
+    'from': weights.kind,
+    'to': to,
+    'parameters': weights.parameters,
+    'num_classes': weights.model.num_classes,
+    'image_size': weights.description.preprocessing.image_size,
+    'activation': weights.model.activation,
+    'notes': notes,
+  }
+  if check:
+    report |= _check(weights, to)
+  pretrained.write(weights, destination, to)
+  return report
+
+
+def _export_note(weights: Weights) -> str:
+  size = min(weights.description.preprocessing.image_size, 224)
+  images = parity.random_images((size, size), count=1)
+  moved = parity.activation_difference(weights.model, weights.variables, images)
+  return (
+    "transformers computes 'gelu' whatever config.json says, and these weights are of a model with "
+    f"'quick_gelu': on a random image its logits differ by {moved:.1%} of the largest"
+  )
+
+
+def _check(weights: Weights, to: str) -> dict:
+  """Compares with PyTorch in the layout that is read or written, whichever is PyTorch's."""
+  layout = LAYOUTS.get(to) or LAYOUTS.get(weights.kind)
+  if layout is None:
+    raise UserError(
+      f'--check compares with PyTorch, and neither {weights.kind!r} nor {to!r} is of it'
+    )
+  size = weights.description.preprocessing.image_size
+  found = parity.compare(
+    weights.model, weights.variables, layout, parity.random_images((size, size))
+  )
+  return {'logits': found.logits, 'maps': found.maps}

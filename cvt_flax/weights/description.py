@@ -1,0 +1,108 @@
+"""What has to be known of weights to use them: architecture, class names, preprocessing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+from collections.abc import Mapping
+
+from cvt_flax.errors import UserError
+from cvt_flax.models.cvt import CvT
+from cvt_flax.weights import architecture, preprocessing
+from cvt_flax.weights.preprocessing import Preprocessing
+
+# What makes a config.json ours.
+LIBRARY = 'cvt_flax'
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What has to be known of weights to use them.
+
+  Attributes:
+    model: the network.
+    class_names: what the logits stand for, in their order; () where that is not known.
+    preprocessing: what images go through before it.
+  """
+
+  model: CvT
+  class_names: tuple[str, ...]
+  preprocessing: Preprocessing
+
+  def __post_init__(self):
+    names, classes = len(self.class_names), self.model.num_classes
+    if names and names != classes:
+      raise UserError(f'{names} class names do not fit the {classes} classes of the model')
+
+
+def config_json(description: Description) -> dict:
+  """Returns config.json of our own layout."""
+  return {
+    'library_name': LIBRARY,
+    'architecture': architecture.attributes(description.model),
+    'id2label': id2label(description.class_names),
+  }
+
+
+def run_json(description: Description) -> dict:
+  """Returns model.json of a run folder: config.json with the preprocessing in it."""
+  return config_json(description) | {
+    'preprocessor': preprocessing.to_json(description.preprocessing)
+  }
+
+
+def from_json(config: Mapping, preprocessor: Mapping, where: str) -> Description:
+  """Returns what config.json and preprocessor_config.json of our own layout say.
+
+  Raises:
+    UserError: one of them is damaged.
+  """
+  model = architecture.from_attributes(config.get('architecture'), where)
+  names = class_names(config, where)
+  try:
+    return Description(model, names, preprocessing.from_json(preprocessor, where))
+  except UserError as e:
+    raise UserError(f'{where}: {e}') from e
+
+
+def id2label(class_names: tuple[str, ...]) -> dict[str, str]:
+  return {str(i): name for i, name in enumerate(class_names)}
+
+
+def class_names(config: Mapping, where: str) -> tuple[str, ...]:
+  """Returns the names in 'id2label' by their number.
+
+  transformers fills in LABEL_0, LABEL_1, ... where nobody gave names: these are none.
+
+  Raises:
+    UserError: it is damaged, or numbers are missing.
+  """
+  labels = config.get('id2label') or {}
+  if not isinstance(labels, Mapping) or not all(isinstance(v, str) for v in labels.values()):
+    raise UserError(f'{where}: id2label: an object of names is needed')
+  names = [labels.get(str(i)) for i in range(len(labels))]
+  if None in names:
+    raise UserError(f'{where}: id2label: the numbers from 0 to {len(labels) - 1} are needed')
+  if all(name == f'LABEL_{i}' for i, name in enumerate(names)):
+    return ()
+  return tuple(names)
+
+
+@functools.cache
+def imagenet_classes() -> dict[str, str]:
+  """Returns {synset: name} of the 1,000 classes of ILSVRC 2012, in their order.
+
+  The names are the synsets' lemmas in WordNet 3.0.
+  """
+  text = importlib.resources.files(__package__).joinpath('imagenet_classes.tsv').read_text('utf-8')
+  return dict(line.split('\t') for line in text.splitlines())
+
+
+def same_classes(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+  """Returns whether names are of the same classes: () may be any, synsets are ImageNet's names."""
+
+  def spelled(names):
+    return tuple(imagenet_classes().get(name, name) for name in names)
+
+  return not a or not b or spelled(a) == spelled(b)

@@ -1,0 +1,230 @@
+"""Tensor files: .pth and .safetensors, from strangers and for others."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cvt_flax.errors import UserError
+
+# Where training scripts put the state dict in a checkpoint: the authors' code, timm, Lightning.
+_STATE_KEYS = ('state_dict', 'model', 'model_state_dict')
+# What DistributedDataParallel and torch.compile put in front of every name.
+_PREFIXES = ('module.', '_orig_mod.')
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+  """The tensors of a file. Their names and shapes are known, they are read one at a time.
+
+  Attributes:
+    path: of the file.
+    shapes: {name: shape}.
+    read: name -> the tensor.
+  """
+
+  path: pathlib.Path
+  shapes: Mapping[str, tuple[int, ...]]
+  read: Callable[[str], np.ndarray]
+
+  @property
+  def parameters(self) -> int:
+    return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+
+def open_tensors(path: pathlib.Path) -> TensorFile:
+  """Opens a file of tensors; what it is shows by its content, not by its name.
+
+  Nothing in it is run. Sizes are compared with that of the file before memory is taken.
+
+  Raises:
+    UserError: it is neither .pth nor .safetensors, damaged, truncated, wants to run code, or holds
+      something else than numbers; PyTorch is needed and not installed.
+  """
+  try:
+    with path.open('rb') as file:
+      head = file.read(16)
+  except OSError as e:
+    raise UserError(f'{path}: {e.strerror}') from e
+  # A zip file, and what PyTorch wrote before 1.6: a pickle of protocol 2.
+  if head.startswith((b'PK\x03\x04', b'\x80\x02')):
+    return _open_pytorch(path, is_zip=head.startswith(b'PK'))
+  if head[8:9] == b'{':
+    return _open_safetensors(path)
+  what = 'is empty' if not head else 'is neither a PyTorch nor a safetensors file'
+  raise UserError(f'{path} {what}')
+
+
+def _open_safetensors(path):
+  try:
+    file = safetensors.safe_open(path, framework='numpy')
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+  except (OSError, safetensors.SafetensorError) as e:
+    raise UserError(f'{path} is damaged or truncated: {e}') from e
+
+  def read(name):
+    return _numbers(path, name, file.get_tensor(name))
+
+  return TensorFile(path, shapes, read)
+
+
+def _open_pytorch(path, is_zip):
+  torch = import_torch(f'to read {path}')
+  if is_zip:
+    _check_zip(path)
+  try:
+    content = torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
+  except Exception as e:  # whatever the damage leads to
+    wanted = re.search(r'GLOBAL ([\w.]+)', str(e))
+    if wanted:
+      raise UserError(
+        f'{path} is refused: it wants to run {wanted[1]} when it is read. Of PyTorch files only '
+        'tensors in plain containers are read; load it in its own code, where that is trusted, '
+        'and save model.state_dict()'
+      ) from e
+    raise UserError(f'{path} is damaged or truncated ({type(e).__name__})') from e
+
+  state = _state_dict(path, content, torch.Tensor)
+  for prefix in _PREFIXES:
+    if all(name.startswith(prefix) for name in state):
+      state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+  # A tensor may claim any shape over a small storage, by strides of zero.
+  if sum(t.numel() * t.element_size() for t in state.values()) > path.stat().st_size:
+    raise UserError(f'{path} is refused: its tensors claim to be larger than the file')
+
+  def read(name):
+    tensor = state[name].detach()
+    if tensor.layout != torch.strided or tensor.is_quantized:
+      raise UserError(f'{path}: {name} is a sparse or quantized tensor')
+    return _numbers(path, name, (tensor.float() if tensor.is_floating_point() else tensor).numpy())
+
+  return TensorFile(path, {name: tuple(t.shape) for name, t in state.items()}, read)
+
+
+def _check_zip(path):
+  """Checks that a zip file does not unpack to more than itself; PyTorch does not compress."""
+  try:
+    with zipfile.ZipFile(path) as file:
+      entries = file.infolist()
+  except (OSError, zipfile.BadZipFile) as e:
+    raise UserError(f'{path} is damaged or truncated ({e})') from e
+  size = path.stat().st_size
+  if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+    raise UserError(f'{path} is refused: it is a compressed zip file, which PyTorch never writes')
+  if sum(e.file_size for e in entries) > size:
+    raise UserError(f'{path} is refused: its parts claim to be larger than the file')
+
+
+def _state_dict(path, content, kind):
+  """Returns {name: tensor}, from a plain state dict or from where a checkpoint has it."""
+  if isinstance(content, Mapping):
+    for key in _STATE_KEYS:
+      if isinstance(content.get(key), Mapping):
+        content = content[key]
+        break
+    if content and all(isinstance(value, kind) for value in content.values()):
+      return dict(content)
+    others = [str(k) for k, v in content.items() if not isinstance(v, kind)]
+    keys = f'its entries {", ".join(others[:5])} are none' if others else 'it is empty'
+  else:
+    keys = f'it holds a {type(content).__name__}'
+  raise UserError(f'{path} is no state dict, whose entries are tensors: {keys}')
+
+
+def _numbers(path, name, array):
+  """Returns the array, checked to be of numbers."""
+  if array.dtype.kind in 'fiu' or array.dtype.name == 'bfloat16':
+    return array
+  raise UserError(f'{path}: {name} has the dtype {array.dtype}; numbers are needed')
+
+
+def import_torch(purpose: str) -> Any:
+  """Imports PyTorch, which nothing else here needs; its absence is an error that says for what."""
+  try:
+    import torch
+  except ImportError as e:
+    raise UserError(f'{purpose}, PyTorch is needed: pip install torch') from e
+  return torch
+
+
+def write_safetensors(
+  path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+  """Writes tensors; they are made contiguous one at a time."""
+  safetensors.numpy.save_file(
+    {name: np.asarray(array, order='C') for name, array in tensors.items()}, path, dict(metadata)
+  )
+  # safetensors makes it the writer's alone; as readable as its folder is what was meant.
+  path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def write_pytorch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a state dict, as torch.save does."""
+  torch = import_torch(f'to write {path}')
+  state = {n: torch.from_numpy(np.array(a, order='C')) for n, a in tensors.items()}
+  torch.save(state, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """Returns the object that a JSON file holds.
+
+  Raises:
+    UserError: there is no such file, or it holds something else.
+  """
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as e:
+    raise UserError(f'{path}: {e.strerror}') from e
+  except (ValueError, RecursionError) as e:
+    raise UserError(f'{path} is not JSON: {e}') from e
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object')
+  return value
+
+
+def check_new(path: pathlib.Path) -> None:
+  """Raises a UserError when there is something at `path`; an empty folder may be."""
+  empty = path.is_dir() and not any(path.iterdir())
+  if path.is_symlink() or (path.exists() and not empty):
+    raise UserError(f'{path} exists: give another destination')
+
+
+@contextlib.contextmanager
+def new_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary name beside `path`, renamed to it when the block ends well, removed if not.
+
+  Raises:
+    UserError: there is something at `path` (an empty folder may be), or it cannot be written.
+  """
+  check_new(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'{path} cannot be written: {e.strerror}') from e
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  except OSError as e:
+    raise UserError(f'{path} cannot be written: {e.strerror or e}') from e
+  finally:
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    else:
+      temporary.unlink(missing_ok=True)

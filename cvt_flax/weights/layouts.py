@@ -1,0 +1,294 @@
+"""Names and shapes of a CvT's tensors in PyTorch: one table for each code base.
+
+A table says what a module of ours is called elsewhere. It is read in both directions: the tensors
+of a model are listed with their foreign names and shapes, so that what is missing, left over or of
+another shape shows before anything is read or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from cvt_flax.errors import UserError
+from cvt_flax.models.cvt import CvT
+
+Path = tuple[str, ...]  # such as ('params', 'stage0', 'patch_embed', 'proj', 'kernel')
+
+# PyTorch's name of a leaf, where it is not ours.
+_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+# How many batches a batch norm of PyTorch has seen. Nothing computes with it.
+_COUNTER = 'num_batches_tracked'
+# From our axes to PyTorch's, by their number: linear [in out], convolutions [h w in out].
+_TRANSPOSED = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A foreign tensor, and the leaves of our tree that it holds.
+
+  Attributes:
+    name: in the foreign state dict.
+    shape: there.
+    leaves: paths of ours with their shapes; several follow each other along the first axis. None
+      for a counter.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  leaves: Mapping[Path, tuple[int, ...]]
+
+  def pack(self, leaves: Mapping[Path, np.ndarray]) -> np.ndarray:
+    """Returns the foreign tensor, given all leaves of ours; a counter is 0."""
+    if not self.leaves:
+      return np.zeros(self.shape, np.int64)
+    parts = [_transpose(np.asarray(leaves[path])) for path in self.leaves]
+    # A copy only where there are several: a writer wants them contiguous one at a time.
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(self.shape)
+
+  def unpack(self, tensor: np.ndarray) -> dict[Path, np.ndarray]:
+    """Returns the leaves of ours, contiguous float32."""
+    if not self.leaves:
+      return {}
+    parts = np.split(tensor, len(self.leaves))
+    return {
+      path: np.array(_transpose_back(part, shape), np.float32, order='C')
+      for (path, shape), part in zip(self.leaves.items(), parts, strict=True)
+    }
+
+
+def _transpose(x):
+  return x.transpose(_TRANSPOSED.get(x.ndim, range(x.ndim)))
+
+
+def _transpose_back(x, shape):
+  axes = _TRANSPOSED.get(len(shape), range(len(shape)))
+  return x.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+
+
+def _pytorch_leaf(module: str, leaf: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+  """Returns the name and the shape of a leaf whose axes are in PyTorch's order."""
+  return _LEAVES.get(leaf, leaf), shape
+
+
+def _vit_pytorch_leaf(module, leaf, shape):
+  """As `_pytorch_leaf`; all layers work on maps, and so norms and linear layers have their axes."""
+  if module.rpartition('/')[2].startswith('norm'):
+    return {'scale': 'g', 'bias': 'b'}[leaf], (1, *shape, 1, 1)
+  if leaf == 'kernel' and len(shape) == 2 and module != 'head':
+    return 'weight', (*shape, 1, 1)
+  return _pytorch_leaf(module, leaf, shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+  """What a code base calls the tensors of a CvT.
+
+  Attributes:
+    name: of the layout.
+    modules: {our module: theirs}, with {s} for a stage, {j} for a block, {p} for a projection.
+    projections: {our letters of a projection: theirs}.
+    marker: a tensor's name by which the layout is known.
+    leaf: (our module, our leaf, its shape with PyTorch's axes) -> its name and shape there.
+  """
+
+  name: str
+  modules: Mapping[str, str]
+  projections: Mapping[str, str]
+  marker: str
+  leaf: Callable[[str, str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = _pytorch_leaf
+
+  def expand(self, depths: tuple[int, ...]) -> dict[str, str]:
+    """Returns {our module: theirs} of a model with so many blocks a stage, in their order."""
+    names = {}
+    for ours, theirs in self.modules.items():
+      for s in range(len(depths)) if '{s}' in ours else ('',):
+        for j in range(depths[s]) if '{j}' in ours else ('',):
+          for p, q in self.projections.items() if '{p}' in ours else (('', ''),):
+            names[ours.format(s=s, j=j, p=p)] = theirs.format(s=s, j=j, p=q)
+    return names
+
+  def tensors(self, model: CvT) -> dict[str, Tensor]:
+    """Returns {name: Tensor} of all that the layout holds of `model`."""
+    modules = self.expand(model.depths)
+    found: dict[str, dict] = {}
+    for path, shape in leaf_shapes(model).items():
+      *module, leaf = path[1:]
+      module = '/'.join(module)
+      transposed = tuple(shape[axis] for axis in _TRANSPOSED.get(len(shape), range(len(shape))))
+      leaf, foreign = self.leaf(module, leaf, transposed)
+      held = found.setdefault(f'{modules[module]}.{leaf}', {'shape': foreign, 'leaves': {}})
+      held['leaves'][path] = shape
+    tensors = {}
+    for name, held in found.items():
+      first, *rest = held['shape']
+      tensors[name] = Tensor(name, (first * len(held['leaves']), *rest), held['leaves'])
+      if name.endswith('.running_var'):
+        counter = f'{name.rpartition(".")[0]}.{_COUNTER}'
+        tensors[counter] = Tensor(counter, (), {})
+    return tensors
+
+  def pack(self, model: CvT, variables: Mapping) -> dict[str, np.ndarray]:
+    """Returns the state dict of the layout that holds the variables of `model`, in their dtype.
+
+    Args:
+      model: one that the layout can hold, see `architecture.check_expressible`.
+      variables: {'params', 'batch_stats'}.
+    """
+    leaves = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables).items()}
+    return {name: tensor.pack(leaves) for name, tensor in self.tensors(model).items()}
+
+  def unpack(
+    self,
+    model: CvT,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], np.ndarray],
+    source: str,
+  ) -> dict:
+    """Returns the variables {'params', 'batch_stats'} of `model` that a state dict holds.
+
+    Args:
+      model: one that the layout can hold.
+      shapes: {name: shape} of the state dict.
+      read: name -> tensor; called once for each, when all names and shapes are known to fit.
+      source: where the tensors are, for the message.
+
+    Raises:
+      UserError: listing all tensors that are missing, left over or of another shape.
+    """
+    tensors = self.tensors(model)
+    check(source, {name: tensor.shape for name, tensor in tensors.items()}, shapes)
+    leaves = {}
+    for name in shapes:
+      leaves |= tensors[name].unpack(read(name))
+    return {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
+
+
+# lib/models/cls_cvt.py of github.com/microsoft/CvT.
+_BLOCK = 'stage{s}.blocks.{j}'
+OFFICIAL = Layout(
+  'official',
+  {
+    'stage{s}': 'stage{s}',
+    'stage{s}/patch_embed/proj': 'stage{s}.patch_embed.proj',
+    'stage{s}/patch_embed/norm': 'stage{s}.patch_embed.norm',
+    'stage{s}/blocks_{j}/norm1': f'{_BLOCK}.norm1',
+    'stage{s}/blocks_{j}/attn/conv_proj_{p}/conv': f'{_BLOCK}.attn.conv_proj_{{p}}.conv',
+    'stage{s}/blocks_{j}/attn/conv_proj_{p}/bn': f'{_BLOCK}.attn.conv_proj_{{p}}.bn',
+    'stage{s}/blocks_{j}/attn/proj_{p}': f'{_BLOCK}.attn.proj_{{p}}',
+    'stage{s}/blocks_{j}/attn/proj': f'{_BLOCK}.attn.proj',
+    'stage{s}/blocks_{j}/norm2': f'{_BLOCK}.norm2',
+    'stage{s}/blocks_{j}/mlp/fc1': f'{_BLOCK}.mlp.fc1',
+    'stage{s}/blocks_{j}/mlp/fc2': f'{_BLOCK}.mlp.fc2',
+    'norm': 'norm',
+    'head': 'head',
+  },
+  {'q': 'q', 'k': 'k', 'v': 'v'},
+  marker='stage0.patch_embed.proj.weight',
+)
+
+# CvtForImageClassification of transformers, models/cvt/modeling_cvt.py.
+_STAGE = 'cvt.encoder.stages.{s}'
+_LAYER = f'{_STAGE}.layers.{{j}}'
+_PROJECTION = f'{_LAYER}.attention.attention.convolution_projection_{{p}}.convolution_projection'
+HUGGING_FACE = Layout(
+  'huggingface',
+  {
+    'stage{s}': _STAGE,
+    'stage{s}/patch_embed/proj': f'{_STAGE}.embedding.convolution_embeddings.projection',
+    'stage{s}/patch_embed/norm': f'{_STAGE}.embedding.convolution_embeddings.normalization',
+    'stage{s}/blocks_{j}/norm1': f'{_LAYER}.layernorm_before',
+    'stage{s}/blocks_{j}/attn/conv_proj_{p}/conv': f'{_PROJECTION}.convolution',
+    'stage{s}/blocks_{j}/attn/conv_proj_{p}/bn': f'{_PROJECTION}.normalization',
+    'stage{s}/blocks_{j}/attn/proj_{p}': f'{_LAYER}.attention.attention.projection_{{p}}',
+    'stage{s}/blocks_{j}/attn/proj': f'{_LAYER}.attention.output.dense',
+    'stage{s}/blocks_{j}/norm2': f'{_LAYER}.layernorm_after',
+    'stage{s}/blocks_{j}/mlp/fc1': f'{_LAYER}.intermediate.dense',
+    'stage{s}/blocks_{j}/mlp/fc2': f'{_LAYER}.output.dense',
+    'norm': 'layernorm',
+    'head': 'classifier',
+  },
+  {'q': 'query', 'k': 'key', 'v': 'value'},
+  marker='cvt.encoder.stages.0.embedding.convolution_embeddings.projection.weight',
+)
+
+# vit_pytorch/cvt.py of github.com/lucidrains/vit-pytorch. Keys and values are one projection there,
+# keys first.
+_ATTENTION = 'layers.{s}.2.layers.{j}.0'
+_MLP = 'layers.{s}.2.layers.{j}.1.net'
+VIT_PYTORCH = Layout(
+  'vit-pytorch',
+  {
+    'stage{s}/patch_embed/proj': 'layers.{s}.0',
+    'stage{s}/patch_embed/norm': 'layers.{s}.1',
+    'stage{s}/blocks_{j}/norm1': f'{_ATTENTION}.norm',
+    'stage{s}/blocks_{j}/attn/conv_proj_{p}/conv': f'{_ATTENTION}.to_{{p}}.net.0',
+    'stage{s}/blocks_{j}/attn/conv_proj_{p}/bn': f'{_ATTENTION}.to_{{p}}.net.1',
+    'stage{s}/blocks_{j}/attn/proj_{p}': f'{_ATTENTION}.to_{{p}}.net.2',
+    'stage{s}/blocks_{j}/attn/proj': f'{_ATTENTION}.to_out.0',
+    'stage{s}/blocks_{j}/norm2': f'{_MLP}.0',
+    'stage{s}/blocks_{j}/mlp/fc1': f'{_MLP}.1',
+    'stage{s}/blocks_{j}/mlp/fc2': f'{_MLP}.4',
+    'head': 'to_logits.2',
+  },
+  {'q': 'q', 'k': 'kv', 'v': 'kv', 'kv': 'kv'},
+  marker='layers.0.2.layers.0.0.to_kv.net.2.weight',
+  leaf=_vit_pytorch_leaf,
+)
+
+LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HUGGING_FACE, VIT_PYTORCH)}
+
+
+def leaf_shapes(model: CvT) -> dict[Path, tuple[int, ...]]:
+  """Returns {path: shape} of all parameters and statistics of `model`, for colour images."""
+  size = 8 * math.prod(model.patch_strides)
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # of maps of one key, which is for whoever uses the model
+    tree = jax.eval_shape(model.init, jax.random.key(0), images)
+  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def check(
+  source: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Checks that names and shapes are those that are expected; counters may be missing.
+
+  Args:
+    source: where the tensors are, for the message.
+    expected: {name: shape} of the model.
+    found: {name: shape} of the source.
+
+  Raises:
+    UserError: listing all that is missing, left over or of another shape.
+  """
+  missing = [n for n in expected if n not in found and not n.endswith(f'.{_COUNTER}')]
+  left_over = [n for n in found if n not in expected]
+  misfits = [
+    f'{n} {list(found[n])} instead of {list(shape)}'
+    for n, shape in expected.items()
+    if n in found and tuple(found[n]) != tuple(shape)
+  ]
+  problems = [
+    f'{len(names)} {what}: {_few(names)}'
+    for names, what in (
+      (missing, 'missing'),
+      (left_over, 'that the model does not have'),
+      (misfits, 'of another shape'),
+    )
+    if names
+  ]
+  if problems:
+    raise UserError(f'{source} does not fit the model; tensors {"; tensors ".join(problems)}')
+
+
+def _few(names, most=8):
+  more = f', and {len(names) - most} more' if len(names) > most else ''
+  return ', '.join(names[:most]) + more

@@ -1,0 +1,347 @@
+"""Weights in and out, whatever they are kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from cvt_flax.errors import UserError, nearest
+from cvt_flax.models.cvt import CvT
+from cvt_flax.weights import architecture, description, files, layouts, preprocessing, run_folder
+from cvt_flax.weights.description import Description
+from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, Layout
+from cvt_flax.weights.preprocessing import Preprocessing
+
+# What weights are kept in, besides the layouts: a folder of ours, and a run folder.
+FLAX, RUN = 'flax', 'run'
+
+_CONFIG, _PREPROCESSOR = 'config.json', 'preprocessor_config.json'
+_SAFETENSORS, _BIN = 'model.safetensors', 'pytorch_model.bin'
+
+_GELU_NOTE = (
+  "the activation is 'gelu', as transformers computes it. microsoft/cvt-* were trained with "
+  "'quick_gelu', which differs by up to 0.0203 at every hidden channel: activation=quick_gelu "
+  'gives what the authors computed'
+)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Weights and all that is known of them.
+
+  Attributes:
+    description: architecture, class names, preprocessing.
+    variables: {'params', 'batch_stats'} of numpy float32 arrays.
+    kind: what they were kept in: 'official', 'huggingface', 'vit-pytorch', 'flax' or 'run'.
+    source: where they came from, in words.
+    notes: what a person should know of how they were read.
+  """
+
+  description: Description
+  variables: dict
+  kind: str
+  source: str
+  notes: tuple[str, ...] = ()
+
+  @property
+  def model(self) -> CvT:
+    return self.description.model
+
+  @property
+  def parameters(self) -> int:
+    """The number of parameters, without running statistics."""
+    return sum(x.size for x in jax.tree.leaves(self.variables['params']))
+
+
+def load(
+  source: str | pathlib.Path,
+  model: str | CvT = '',
+  activation: str = '',
+  progress: Progress | None = None,
+) -> Weights:
+  """Reads weights from anything that holds them.
+
+  Args:
+    source: a .pth or .safetensors file of the authors' code or of vit-pytorch, a folder of Hugging
+      Face or of `save_pretrained`, 'hf:NAME' (through huggingface_hub), or a run folder: its best
+      checkpoint.
+    model: a name of `list_models()`, or a CvT, in place of what the weights say themselves.
+    activation: 'quick_gelu' or 'gelu' in place of the model's own.
+    progress: called as progress(done, total) in parameters.
+
+  Raises:
+    UserError: the source is damaged, or not what it should be, or does not fit the model.
+  """
+  source = str(source)
+  if source.startswith('hf:'):
+    return _load_folder(_download(source[3:]), source, model, activation, progress)
+  path = pathlib.Path(source)
+  if not path.exists():
+    close = nearest(path.name, [p.name for p in path.parent.glob('*')])
+    raise UserError(
+      f'{path}: there is no such file or folder{close}; hf:NAME is for models of Hugging Face'
+    )
+  if path.is_file() and path.name in (_SAFETENSORS, _BIN) and (path.parent / _CONFIG).is_file():
+    path = path.parent
+  if path.is_dir():
+    return _load_folder(path, source, model, activation, progress)
+  file = files.open_tensors(path)
+  layout = architecture.layout_of(file.shapes, source)
+  if layout is HUGGING_FACE:
+    raise UserError(f'{path} is of Hugging Face, and {_CONFIG} has to stand beside it')
+  found = _override(
+    lambda: architecture.read(layout, file.shapes, source),
+    model,
+    architecture.num_classes(layout, file.shapes),
+  )
+  notes = []
+  names = ()
+  if found.num_classes == 1000:
+    names = tuple(description.imagenet_classes().values())
+    notes.append('1000 classes and no names: they are taken for those of ImageNet-1k')
+  steps = preprocessing.from_file_name(path)
+  if steps is None:
+    steps = Preprocessing()
+    notes.append('no image size in the name of the file: 224x224 is taken')
+  found = architecture.with_activation(found, activation)
+  return _read(file, layout, Description(found, names, steps), layout.name, source, notes, progress)
+
+
+def load_pretrained(
+  source: str | pathlib.Path, model: str | CvT = '', activation: str = ''
+) -> tuple[CvT, dict]:
+  """Returns a model and its variables {'params', 'batch_stats'}, jax float32 arrays.
+
+      model, variables = load_pretrained('CvT-13-224x224-IN-1k.pth')
+      logits = model.apply(variables, images)
+
+  Args:
+    source: a .pth or .safetensors file of the authors' code or of vit-pytorch, a folder of Hugging
+      Face or of `save_pretrained`, 'hf:NAME' (downloaded by huggingface_hub), or a run folder: its
+      best checkpoint.
+    model: a name of `list_models()`, or a CvT, where the weights do not say it themselves.
+    activation: 'quick_gelu' or 'gelu' in place of the model's own. Hugging Face computes 'gelu'.
+
+  Raises:
+    UserError: the source is damaged or does not fit; every tensor that is missing, left over or of
+      another shape is in the message.
+  """
+  weights = load(source, model, activation)
+  for note in weights.notes:
+    warnings.warn(f'{source}: {note}', stacklevel=2)
+  return weights.model, jax.tree.map(jax.numpy.asarray, weights.variables)
+
+
+def save_pretrained(
+  folder: str | pathlib.Path,
+  model: CvT,
+  variables: Mapping,
+  class_names: tuple[str, ...] = (),
+  preprocessing: Preprocessing | None = None,
+) -> None:
+  """Writes model.safetensors, config.json and preprocessor_config.json to a new folder.
+
+  Args:
+    folder: to be made; the three appear in it together.
+    model: the network.
+    variables: {'params', 'batch_stats'}.
+    class_names: what the logits stand for; () where that is not known.
+    preprocessing: what images go through before; None for the authors' at 224.
+
+  Raises:
+    UserError: the folder exists, or the variables are not those of the model.
+  """
+  known = Description(model, tuple(class_names), preprocessing or Preprocessing())
+  write(Weights(known, dict(variables), FLAX, 'the tree of variables'), pathlib.Path(folder), FLAX)
+
+
+def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
+  """Writes weights to a new file ('official', 'vit-pytorch') or folder ('flax', 'huggingface').
+
+  Raises:
+    UserError: there is something at `path`; the layout cannot hold the model; the variables are not
+      those of the model.
+  """
+  known = weights.description
+  leaves = {p: np.asarray(x) for p, x in traverse_util.flatten_dict(weights.variables).items()}
+  shapes = layouts.leaf_shapes(known.model)
+  layouts.check(weights.source, _joined(shapes), _joined({p: x.shape for p, x in leaves.items()}))
+  check_writable(weights, path, kind)
+  if kind == FLAX:
+    with files.new_path(path) as folder:
+      folder.mkdir()
+      tensors = {name: leaves[p] for name, p in zip(_joined(shapes), shapes, strict=True)}
+      files.write_safetensors(folder / _SAFETENSORS, tensors, {'format': 'flax'})
+      _write_configs(folder, description.config_json(known), known)
+    return
+  layout = LAYOUTS[kind]
+  tensors = layout.pack(known.model, weights.variables)
+  with files.new_path(path) as new:
+    if layout is not HUGGING_FACE:
+      files.write_pytorch(new, tensors)
+      return
+    new.mkdir()
+    files.write_safetensors(new / _SAFETENSORS, tensors, {'format': 'pt'})  # transformers asks
+    names = known.class_names or tuple(f'LABEL_{i}' for i in range(known.model.num_classes))
+    config = architecture.to_huggingface(known.model) | {
+      'id2label': description.id2label(names),
+      'label2id': {name: i for i, name in enumerate(names)},
+    }
+    _write_configs(new, config, known)
+
+
+def check_writable(weights: Weights, path: pathlib.Path, kind: str) -> None:
+  """Checks what `write` can check before it works.
+
+  Raises:
+    UserError: there is something at `path`, or the layout cannot hold the model.
+  """
+  files.check_new(path)
+  if kind != FLAX:
+    architecture.check_expressible(LAYOUTS[kind], weights.model)
+  if kind == HUGGING_FACE.name:
+    preprocessing.check_huggingface(weights.description.preprocessing)
+
+
+def _write_configs(folder, config, known):
+  files.write_json(folder / _CONFIG, config)
+  files.write_json(folder / _PREPROCESSOR, preprocessing.to_json(known.preprocessing))
+
+
+def _override(read, model, num_classes):
+  """Returns the model that is given, by its name or as such; else what `read` returns."""
+  match model:
+    case '':
+      return read()
+    case str():
+      return architecture.named(model, num_classes)
+    case _:
+      return model
+
+
+def _load_folder(folder, source, model, activation, progress):
+  if (folder / run_folder.DESCRIPTION).is_file():
+    return _load_run(folder, source, model, activation)
+  if not (folder / _CONFIG).is_file():
+    holds = ', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'
+    raise UserError(
+      f'{source} holds {holds}: {_CONFIG} with {_SAFETENSORS} or {_BIN} is needed, or a run folder'
+    )
+  config = files.read_json(folder / _CONFIG)
+  known = (folder / _PREPROCESSOR).is_file()
+  steps = files.read_json(folder / _PREPROCESSOR) if known else {}
+  notes = [] if known else [f'no {_PREPROCESSOR}: images of 224x224, cropped, are taken']
+  where = str(folder / _CONFIG)
+  if config.get('library_name') == description.LIBRARY:
+    file = _tensors_of(folder, (_SAFETENSORS,))
+    found = description.from_json(config, steps, where)
+    classes = found.model.num_classes
+    given = _override(lambda: found.model, model, classes)
+    given = architecture.with_activation(given, activation)
+    found = dataclasses.replace(found, model=given)
+    return _read(file, None, found, FLAX, source, notes, progress)
+  if config.get('model_type') != 'cvt':
+    raise UserError(f"{where}: model_type={config.get('model_type')!r}: only 'cvt' can be read")
+  file = _tensors_of(folder, (_SAFETENSORS, _BIN))
+  classes = architecture.num_classes(HUGGING_FACE, file.shapes)
+  own = config.get('activation', 'gelu')
+  given = _override(lambda: architecture.from_huggingface(config, classes, where), model, classes)
+  given = architecture.with_activation(given, activation or own)
+  if 'activation' not in config and not activation:
+    notes.append(_GELU_NOTE)
+  names = description.class_names(config, where)
+  found = Description(given, names, preprocessing.from_json(steps, str(folder / _PREPROCESSOR)))
+  return _read(file, HUGGING_FACE, found, HUGGING_FACE.name, source, notes, progress)
+
+
+def _tensors_of(folder, names):
+  for name in names:
+    if (folder / name).is_file():
+      return files.open_tensors(folder / name)
+  raise UserError(f'{folder}: {" or ".join(names)} is missing')
+
+
+def _load_run(folder, source, model, activation):
+  path = folder / run_folder.DESCRIPTION
+  config = files.read_json(path)
+  found = description.from_json(config, config.get('preprocessor') or {}, str(path))
+  given = _override(lambda: found.model, model, found.model.num_classes)
+  given = architecture.with_activation(given, activation)
+  shapes = layouts.leaf_shapes(given)
+  abstract = traverse_util.unflatten_dict({p: run_folder.on_host(s) for p, s in shapes.items()})
+  variables, step, averaged = run_folder.restore_best(folder, {'batch_stats': {}} | abstract)
+  variables = jax.tree.map(np.asarray, variables)
+  note = f'the checkpoint of step {step}, its {"averaged " if averaged else ""}parameters'
+  return Weights(dataclasses.replace(found, model=given), variables, RUN, source, (note,))
+
+
+def _read(
+  file: files.TensorFile,
+  layout: Layout | None,
+  known: Description,
+  kind: str,
+  source: str,
+  notes: list[str],
+  progress: Progress | None,
+) -> Weights:
+  """Reads all tensors of a file into the variables of a model; without a layout, into our own."""
+  if sum(known.model.depths) > len(file.shapes):  # before a tree of that size is made
+    raise UserError(
+      f'{source}: the model has {sum(known.model.depths)} blocks, {file.path.name} only '
+      f'{len(file.shapes)} tensors'
+    )
+  read, done = file.read, 0
+  if progress:
+
+    def read(name):
+      nonlocal done
+      done += math.prod(file.shapes[name])
+      progress(done, file.parameters)
+      return file.read(name)
+
+  if layout is None:
+    shapes = layouts.leaf_shapes(known.model)
+    layouts.check(source, _joined(shapes), file.shapes)
+    leaves = {path: np.array(read('/'.join(path)), np.float32) for path in shapes}
+    variables = {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
+  else:
+    # Any activation: it does not show in tensors.
+    own = {'official': 'quick_gelu'}.get(layout.name, 'gelu')
+    architecture.check_expressible(layout, architecture.with_activation(known.model, own))
+    variables = layout.unpack(known.model, file.shapes, read, source)
+  return Weights(known, variables, kind, source, tuple(notes))
+
+
+def _joined(leaves):
+  return {'/'.join(path): value for path, value in leaves.items()}
+
+
+def _download(name: str) -> pathlib.Path:
+  """Returns the folder of a model of Hugging Face, fetched or from its cache."""
+  try:
+    import huggingface_hub
+    from huggingface_hub import errors
+  except ImportError as e:
+    raise UserError(f'hf:{name}: pip install huggingface_hub') from e
+  found = None
+  try:
+    for file in (_CONFIG, _PREPROCESSOR, _SAFETENSORS, _BIN):
+      if file == _BIN and (found / _SAFETENSORS).is_file():
+        break
+      try:
+        found = pathlib.Path(huggingface_hub.hf_hub_download(name, file)).parent
+      except errors.EntryNotFoundError:
+        if file == _CONFIG:
+          raise
+  except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+    raise UserError(f'hf:{name}: {" ".join(str(e).split())[:300]}') from e
+  return found

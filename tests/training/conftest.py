@@ -1,0 +1,86 @@
+"""A tiny run: its data, its config, its folder when it is finished."""
+
+import numpy as np
+import pytest
+
+from cvt_flax.training import loop
+
+# A config file for a network small enough to compile in seconds, on a data set that a test writes.
+# Everything that has state is on: averages, accumulation, mixing, dropout, drop path.
+CONFIG = """
+from cvt_flax.training.config import get_config as defaults
+
+
+def get_config():
+  config = defaults()
+  config.name = 'tiny'
+  config.source = 'npz:{npz}'
+  config.image_size = 8
+  config.batch_size = 16
+  config.epochs = 3
+  config.learning_rate = 0.01
+  config.log_every = 7
+  config.tensorboard = False
+  config.model.name = 'cvt-nano'
+  config.model.embed_dims = (8, 8)
+  config.model.depths = (1, 1)
+  config.model.num_heads = (1, 1)
+  config.model.mlp_ratios = (2.0, 2.0)
+  config.model.patch_sizes = (3, 3)
+  config.model.patch_strides = (2, 1)
+  config.model.patch_paddings = (1, 1)
+  config.model.cls_token = (False, True)
+  config.model.drop_rates = (0.1, 0.0)
+  config.model.drop_path_rates = (0.0, 0.2)
+  config.model.bn_group_size = 4
+  config.optimizer.accumulate_steps = 2
+  config.optimizer.ema_decay = 0.8
+  config.optimizer.warmup_epochs = 1
+  config.augment.crop_padding = 1
+  config.augment.flip = True
+  config.augment.mixup = 0.8
+  config.augment.cutmix = 1.0
+  config.augment.mix_prob = 0.5
+  config.augment.erase_prob = 0.25
+  config.checkpoint.every_steps = 5
+  return config
+"""
+
+
+@pytest.fixture(scope='module')
+def npz(tmp_path_factory):
+  """Two classes of noisy 8x8 images, dark and bright: 200 to train on, 50 to test."""
+  rng = np.random.default_rng(0)
+  path = tmp_path_factory.mktemp('data') / 'tiny.npz'
+  arrays = {}
+  for split, n in (('train', 200), ('test', 50)):
+    labels = rng.integers(0, 2, n)
+    pixels = rng.normal(80 + 90 * labels[:, None, None, None], 40, (n, 8, 8, 3))
+    arrays[f'x_{split}'] = pixels.clip(0, 255).astype(np.uint8)
+    arrays[f'y_{split}'] = labels
+  np.savez(path, **arrays)
+  return path
+
+
+@pytest.fixture(scope='module')
+def config_file(npz, tmp_path_factory):
+  path = tmp_path_factory.mktemp('config') / 'tiny.py'
+  path.write_text(CONFIG.format(npz=npz))
+  return path
+
+
+@pytest.fixture
+def config(config_file):
+  names = {}
+  exec(config_file.read_text(), names)
+  return names['get_config']()
+
+
+@pytest.fixture(scope='module')
+def trained(config_file, tmp_path_factory):
+  """A finished run: (its config, its folder, what run() returned)."""
+  names = {}
+  exec(config_file.read_text(), names)
+  config = names['get_config']()
+  folder = tmp_path_factory.mktemp('runs') / 'trained'
+  return config, folder, loop.run(config, folder)

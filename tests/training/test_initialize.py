@@ -1,0 +1,181 @@
+"""init_from: runs and evaluations that start from weights."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from cvt_flax import convert_weights, load_pretrained, predict_images, save_pretrained
+from cvt_flax.errors import UserError
+from cvt_flax.training import experiment, loop
+from cvt_flax.training.config import freeze
+from cvt_flax.training.metrics import read_metrics
+from cvt_flax.training.setup import TrainingSetup, build_model
+from cvt_flax.weights import pretrained
+from cvt_flax.weights.preprocessing import Preprocessing
+from tests.models.torch_weights import drawn_variables
+from tests.weights.models import assert_same_bytes
+
+
+@pytest.fixture
+def weights(config, tmp_path):
+  """Writes weights for the config's model, of the classes that are given; returns the folder."""
+
+  def write(class_names=('0', '1'), **attributes):
+    model = build_model(freeze(config).model, len(class_names)).clone(**attributes)
+    folder = tmp_path / 'weights'
+    save_pretrained(folder, model, drawn_variables(model), class_names, Preprocessing(8, 1.0))
+    return folder
+
+  return write
+
+
+def first_state(config, folder):
+  training = TrainingSetup(freeze(config), folder)
+  return training, training.from_weights(training.init())
+
+
+def test_a_run_starts_from_weights(config, weights, tmp_path, capsys):
+  config.init_from = str(weights())
+  training, state = first_state(config, tmp_path / 'run')
+  expected = drawn_variables(training.model)
+  assert_same_bytes({'params': state.params, 'batch_stats': state.batch_stats}, expected)
+  assert_same_bytes(state.ema, expected)
+  count = len(jax.tree.leaves(expected))
+  assert f'(flax): {count} of {count} tensors\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('class_names', [('ant', 'bee', 'cat'), ('ant', 'bee')])
+def test_the_head_starts_anew_for_other_classes(class_names, config, weights, tmp_path, capsys):
+  config.init_from = str(weights(class_names))
+  training, state = first_state(config, tmp_path / 'run')
+  fresh = flatten_dict(jax.device_get(training.init().params))
+  drawn = flatten_dict(drawn_variables(training.model)['params'])
+  for path, leaf in flatten_dict(jax.device_get(state.params)).items():
+    expected = fresh if path[0] == 'head' else drawn
+    np.testing.assert_array_equal(leaf, expected[path])
+  said = capsys.readouterr().out
+  assert f'the head starts anew, for 2 classes instead of {len(class_names)}' in said
+
+
+def test_weights_without_names_may_be_of_any_classes(config, weights, tmp_path, capsys):
+  folder = weights()
+  (folder / 'config.json').write_text(
+    (folder / 'config.json').read_text().replace('"id2label"', '"other"')
+  )
+  config.init_from = str(folder)
+  first_state(config, tmp_path / 'run')
+  assert 'anew' not in capsys.readouterr().out
+
+
+def test_another_model_is_said(config, weights, tmp_path, capsys):
+  config.init_from = str(weights(activation='gelu', attention_scale='head_dim', drop_rates=()))
+  first_state(config, tmp_path / 'run')
+  said = capsys.readouterr().out.splitlines()[-1]
+  assert "activation 'gelu' -> 'quick_gelu'" in said
+  assert "attention_scale 'head_dim' -> 'embed_dim'" in said
+  assert 'drop_rates' not in said  # of training alone
+
+
+@pytest.mark.parametrize(
+  ('attributes', 'message'),
+  [
+    (dict(depths=(1, 2)), r'params/stage1/blocks_1/attn/conv_proj_k/bn/bias'),
+    (dict(patch_sizes=(5, 3)), r'stage0/patch_embed/proj/kernel \[5, 5, 3, 8\] instead of \[3, 3'),
+  ],
+)
+def test_weights_that_do_not_fit(attributes, message, config, weights, tmp_path):
+  config.init_from = str(weights(**attributes))
+  with pytest.raises(UserError, match=rf'^init_from=\S+ does not fit the model; .*{message}'):
+    loop.run(config, tmp_path / 'run')
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_weights(
+  config, weights, tmp_path
+):
+  config.init_from = str(weights())
+  training, _ = first_state(config, tmp_path / 'run')
+  with experiment.only_one(tmp_path / 'run'):
+    held_out = training.dataset.held_out
+    experiment.write(tmp_path / 'run', training.experiment, held_out, training.description)
+  _, state = first_state(config, tmp_path / 'run')
+  assert_same_bytes({'params': state.params}, {'params': drawn_variables(training.model)['params']})
+
+
+def test_weights_that_are_not_there(config, tmp_path):
+  config.init_from = str(tmp_path / 'nowhere')
+  with pytest.raises(UserError, match='nowhere: there is no such file or folder'):
+    loop.run(config, tmp_path / 'run')
+  with pytest.raises(UserError, match='nowhere: there is no such file or folder'):
+    loop.run(config, tmp_path / 'run', mode='eval')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_folder_is_as_good_as_a_file(config, trained, tmp_path, capsys):
+  """A trained run is loaded, evaluated elsewhere, fine-tuned, converted, and predicts."""
+  _, folder, result = trained
+  weights = pretrained.load(folder)
+  assert weights.kind == 'run'
+  assert weights.notes == (
+    f'the checkpoint of step {result["checkpoint"]}, its averaged parameters',
+  )
+  assert weights.description.class_names == ('0', '1')
+  assert weights.description.preprocessing == Preprocessing(8, 1.0)
+
+  config.init_from = str(folder)
+  found = loop.run(config, tmp_path / 'nothing', mode='eval')
+  assert not (tmp_path / 'nothing').exists()
+  assert found['test/top1'] == result['test/top1']
+  assert found['test/loss'] == pytest.approx(result['test/loss'], rel=1e-6)
+  assert 'val/top1' not in found  # what it was validated with is part of train
+  assert '(these weights)' in capsys.readouterr().out
+
+  config.epochs = 1
+  config.learning_rate = 0.0
+  config.optimizer.warmup_epochs = 0.0
+  result = loop.run(config, tmp_path / 'fine')
+  assert result['test/top1'] >= 0.9  # nothing has moved but the running statistics
+  assert loop.run(config, tmp_path / 'fine', mode='eval')['test/top1'] == result['test/top1']
+  # Once the run is there, the weights are not needed to go on with it.
+  assert loop.run(config, tmp_path / 'fine')['test/top1'] == result['test/top1']
+
+  convert_weights(folder, tmp_path / 'flax')
+  assert_same_bytes(load_pretrained(tmp_path / 'flax')[1], weights.variables)
+  np.testing.assert_array_equal(len(list(predict_images(folder, [_picture(tmp_path)]))), 1)
+
+
+def _picture(folder):
+  from PIL import Image
+
+  Image.new('RGB', (20, 10), (250, 250, 250)).save(folder / 'bright.png')
+  return folder / 'bright.png'
+
+
+def test_a_bright_picture_is_bright(trained, tmp_path):
+  """The run learned dark (0) and bright (1) images."""
+  (found,) = predict_images(trained[1], [_picture(tmp_path)])
+  assert found.names[0] == '1' and found.probabilities[0] > 0.5
+
+
+def test_evaluating_weights_of_other_classes(config, weights, tmp_path):
+  config.init_from = str(weights(('ant', 'bee', 'cat')))
+  with pytest.raises(UserError, match=r'has 3 classes \(ant, bee, cat\), the data 2 \(0, 1\)'):
+    loop.run(config, tmp_path / 'run', mode='eval')
+
+
+def test_a_run_without_a_checkpoint_holds_no_weights(config, trained, tmp_path):
+  (tmp_path / 'model.json').write_text((trained[1] / 'model.json').read_text())
+  with pytest.raises(UserError, match='holds no checkpoint yet'):
+    pretrained.load(tmp_path)
+
+
+def test_the_metrics_of_a_run_from_weights_say_so(config, weights, tmp_path):
+  config.init_from = str(weights())
+  config.epochs = 1
+  config.optimizer.warmup_epochs = 0.0
+  loop.run(config, tmp_path / 'run')
+  assert read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  other = config.copy_and_resolve_references()
+  other.init_from = ''
+  with pytest.raises(UserError, match='init_from'):
+    loop.run(other, tmp_path / 'run')
