@@ -150,6 +150,51 @@ def test_logits_gradients_and_statistics(make, peer):
 
 
 @pytest.mark.parametrize('make', [huggingface, vit_pytorch])
+def test_two_groups_are_two_half_batches(make, peer):
+  """As two devices of PyTorch compute them, each with the statistics of its own images."""
+  torch = peer('torch')
+  model, module, layout = make(peer)
+  randomize(torch, module)
+  variables = from_state_dict(layout, model, module.state_dict())
+  images = draw('images', (4, 3, *SIZE))
+
+  before = {name: value.clone() for name, value in module.state_dict().items()}
+  logits, sums = [], {}
+  module.train()
+  for half in np.split(images, 2):
+    module.load_state_dict(before)
+    module.zero_grad()
+    found = logits_of(module(torch.tensor(half)))
+    torch.sin(found).sum().backward()
+    logits.append(found.detach().numpy())
+    for name, value in (module.state_dict() | dict(module.named_parameters())).items():
+      value = value.grad if value.requires_grad else value
+      sums[name] = sums.get(name, 0) + value.numpy()
+  expected = from_state_dict(layout, model, {k: np.asarray(v) for k, v in sums.items()})
+
+  grouped = model.clone(bn_group_size=2)
+
+  @quick_jit
+  def step(variables):
+    def loss_fn(params):
+      logits, updates = grouped.apply(
+        {**variables, 'params': params},
+        images.transpose(0, 2, 3, 1),
+        train=True,
+        mutable=['batch_stats'],
+      )
+      return jnp.sum(jnp.sin(logits)), (logits, updates)
+
+    return jax.grad(loss_fn, has_aux=True)(variables['params'])
+
+  gradients, (actual, updates) = step(variables)
+  assert_close(actual, np.concatenate(logits))
+  assert_gradients_close(flatten_dict(gradients), flatten_dict(expected['params']))
+  for path, statistic in flatten_dict(updates['batch_stats']).items():
+    assert_close(statistic, flatten_dict(expected['batch_stats'])[path] / 2)
+
+
+@pytest.mark.parametrize('make', [huggingface, vit_pytorch])
 def test_multiply_adds(make, peer):
   torch = peer('torch')
   model, module, _ = make(peer)
