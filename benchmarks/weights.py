@@ -60,7 +60,7 @@ def main():
     for name in ('cvt-w24', 'cvt-13'):
       run([sys.executable, '-c', WRITE, folder / f'{name}.pth', name])
     convert = [sys.executable, '-m', 'cvt_flax.convert', folder / 'cvt-w24.pth']
-    for to in ('flax', 'official'):
+    for to in ('flax', 'official', 'huggingface'):
       results[f'convert cvt-w24, official to {to}'] = [
         measure([*convert, folder / f'{to}{i}', f'--to={to}']) for i in range(arguments.rounds)
       ]
