@@ -23,6 +23,7 @@ import jax
 
 from benchmarks import authors
 from cvt_flax import predict_images
+from cvt_flax.errors import UserError
 from cvt_flax.weights import parity, pretrained
 from cvt_flax.weights.description import imagenet_classes
 from cvt_flax.weights.layouts import LAYOUTS, OFFICIAL
@@ -40,7 +41,10 @@ def main():
   arguments = parser.parse_args()
   jax.config.update('jax_default_matmul_precision', 'highest')
   for source in arguments.weights:
-    weights = pretrained.load(source, activation=arguments.activation)
+    try:
+      weights = pretrained.load(source, activation=arguments.activation)
+    except UserError as e:
+      sys.exit(f'official.py: {e}')
     for note in weights.notes:
       print(f'{source}: {note}')
     compare(arguments, source, weights)

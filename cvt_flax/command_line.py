@@ -1,6 +1,7 @@
 """What the command lines of the package share: errors in one line, exit codes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -22,11 +23,22 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], None]) -> None:
   """Runs a command line and exits: 0 done, 2 the input is wrong, 130 Ctrl-C, 1 anything else."""
   logging.set_verbosity(logging.ERROR)  # Orbax tells of every folder that it only reads
+  # A terminal that lacks a letter of a file's name is no reason to stop.
+  sys.stdout.reconfigure(errors='backslashreplace')
   try:
     main()
+    sys.stdout.flush()
   except UserError as e:
-    print(f'{sys.argv[0].rpartition("/")[2]}: {e}', file=sys.stderr)
-    sys.exit(2)
+    _exit(e, 2)
+  except BrokenPipeError:  # whoever read the output has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+  except OSError as e:
+    _exit(f'{e.filename or "output"}: {e.strerror}', 2)
   except KeyboardInterrupt:
-    print('Ctrl-C', file=sys.stderr)
-    sys.exit(130)
+    _exit('Ctrl-C', 130)
+
+
+def _exit(error, code):
+  print(f'{os.path.basename(sys.argv[0])}: {error}', file=sys.stderr)
+  sys.exit(code)

@@ -13,8 +13,8 @@ program wrote, or the run folder of a training. DST must not exist.
   python -m cvt_flax.convert CvT-13-224x224-IN-1k.pth cvt-13/
   python -m cvt_flax.convert runs/cvt13_cifar10-seed0 for_transformers/ --to=huggingface
 """
-# Fewer than these are read in a moment.
-_MANY_PARAMETERS = 50_000_000
+# Fewer than these are read in a moment, and need no progress.
+_SHOW_PROGRESS_FROM = 50_000_000
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,14 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
   if 'logits' in report:
     maps = ', '.join(f'{d:.1e}' for d in report['maps'])
     print(
-      f'against PyTorch, max|difference| / max|value|: logits {report["logits"]:.1e}, '
-      f'stage maps {maps}'
+      f'against PyTorch with {report["activation"]}, max|difference| / max|value|: '
+      f'logits {report["logits"]:.1e}, stage maps {maps}'
     )
   print(f'{options.destination} ({report["to"]}) written')
 
 
 def _progress(done, total):
-  if total >= _MANY_PARAMETERS and sys.stderr.isatty():
+  if total >= _SHOW_PROGRESS_FROM and sys.stderr.isatty():
     end = '\n' if done == total else ''
     print(f'\rread {done / 1e6:,.0f} of {total / 1e6:,.0f} M numbers', end=end, file=sys.stderr)
 

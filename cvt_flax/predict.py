@@ -54,8 +54,8 @@ def predict_images(
 
   Args:
     weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
-    images: paths of files, folders (their images, sorted, not their folders') and patterns such as
-      'photos/*.jpg'.
+    images: paths of files, folders (their images, sorted, not their folders' nor hidden ones) and
+      patterns such as 'photos/*.jpg'; or one of these.
     top: how many classes of each image; all where there are fewer.
     image_size: height and width in place of the weights' own; 0 keeps theirs.
     batch_size: images that are computed at once.
@@ -72,15 +72,11 @@ def predict_images(
   import numpy as np
 
   from cvt_flax.data import images as pictures
+  from cvt_flax.models.geometry import stage_geometry
   from cvt_flax.ops.pixels import normalize_pixels
   from cvt_flax.weights import pretrained
 
-  if top < 1 or batch_size < 1 or image_size < 0:
-    raise UserError(
-      f'top={top}, batch_size={batch_size}: at least 1 is needed; image_size={image_size}: at '
-      'least 0'
-    )
-  paths = list(_expand(images))
+  paths = _check(images, top, image_size, batch_size)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
   model, steps = weights.model, weights.description.preprocessing
@@ -88,6 +84,9 @@ def predict_images(
     raise UserError(f'{weights.source} has no classifier')
   if image_size:
     steps = dataclasses.replace(steps, image_size=image_size)
+  size = steps.image_size
+  if min(min(stage.height, stage.width) for stage in stage_geometry(model, size, size)) < 1:
+    raise UserError(f'images of {size}x{size} are too small for this model')
   names = weights.description.class_names
   top = min(top, model.num_classes)
 
@@ -101,7 +100,7 @@ def predict_images(
       data = path.read_bytes()
     except OSError as e:
       raise UserError(f'{path}: {e.strerror}') from e
-    return pictures.prepare(pictures.decode(data, str(path)), steps.image_size, steps.crop_ratio)
+    return pictures.prepare(data, str(path), steps.image_size, steps.crop_ratio)
 
   variables = jax.device_put(weights.variables)
   for start in range(0, len(paths), batch_size):
@@ -119,24 +118,38 @@ def predict_images(
       )
 
 
-def _expand(images):
-  """Yields the files that files, folders and patterns stand for."""
-  empty = True
-  for image in images:
-    path = pathlib.Path(image)
-    if path.is_dir():
-      found = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-    elif path.exists():
-      found = [path]
-    else:
-      found = [pathlib.Path(p) for p in sorted(glob.glob(str(image), recursive=True))]
-    if not found:
-      what = 'holds no image' if path.is_dir() else 'there is no such file'
-      raise UserError(f'{image}: {what}')
-    empty = False
-    yield from found
-  if empty:
+def _check(images, top, image_size, batch_size):
+  """Returns the paths of all images; raises a UserError for what is wrong without the weights."""
+  if top < 1 or batch_size < 1 or image_size < 0:
+    raise UserError(
+      f'top={top}, batch_size={batch_size}: at least 1 is needed; image_size={image_size}: at '
+      'least 0'
+    )
+  images = [images] if isinstance(images, str | pathlib.Path) else images
+  try:
+    paths = [path for image in images for path in _expand(image)]
+  except OSError as e:
+    raise UserError(f'{e.filename}: {e.strerror}') from e
+  if not paths:
     raise UserError('no image is given')
+  return paths
+
+
+def _expand(image):
+  """Returns the files that a file, a folder or a pattern stands for."""
+  path = pathlib.Path(image)
+  if path.is_dir():
+    inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+    found = [p for p in inside if not p.name.startswith('.')]
+  elif path.exists():
+    found = [path] if path.is_file() else []
+  else:
+    matches = sorted(glob.glob(str(image), recursive=True))
+    found = [p for p in map(pathlib.Path, matches) if p.is_file()]
+  if not found:
+    what = 'holds no image' if path.is_dir() else 'there is no such file'
+    raise UserError(f'{image}: {what}')
+  return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -159,8 +172,11 @@ def main(arguments: list[str] | None = None) -> None:
 
   from cvt_flax.weights import pretrained
 
+  if options.csv == '':
+    raise UserError('--csv=: the name of a file is needed')
   if options.csv:
     files.check_new(pathlib.Path(options.csv))
+  _check(options.images, options.top, options.image_size, options.batch_size)
   weights = pretrained.load(options.weights)
   for note in weights.notes:  # not on the standard output, which may be read by a program
     print(f'note: {note}', file=sys.stderr)

@@ -14,7 +14,7 @@ import sklearn.datasets
 from PIL import Image
 
 from cvt_flax import convert_weights, predict, predict_images, save_pretrained
-from cvt_flax.data.images import decode, prepare
+from cvt_flax.data.images import prepare
 from cvt_flax.errors import UserError
 from cvt_flax.weights import pretrained
 from cvt_flax.weights.layouts import HUGGING_FACE
@@ -41,7 +41,7 @@ def weights(tmp_path_factory):
 
 def expected(path, size=64, crop_ratio=0.8):
   """The probabilities, without anything of predict's own."""
-  pixels = prepare(decode(path.read_bytes(), ''), size, crop_ratio) / 255
+  pixels = prepare(path.read_bytes(), '', size, crop_ratio) / 255
   x = ((pixels - (0.5, 0.4, 0.3)) / (0.2, 0.25, 0.3)).astype(np.float32)[None]
   return jax.nn.softmax(quick_jit(GELU_MODEL.apply)(drawn_variables(GELU_MODEL), x))[0]
 
@@ -60,7 +60,7 @@ def test_a_photograph(photograph, weights):
 def test_hugging_face_computes_the_same(weights, peer):
   torch, transformers = peer('torch'), peer('transformers')
   module = transformers.CvtForImageClassification.from_pretrained(weights.parent / 'hf').eval()
-  pixels = prepare(decode(CHINA.read_bytes(), ''), 64, 0.8) / 255
+  pixels = prepare(CHINA.read_bytes(), '', 64, 0.8) / 255
   x = ((pixels - (0.5, 0.4, 0.3)) / (0.2, 0.25, 0.3)).astype(np.float32).transpose(2, 0, 1)
   with torch.no_grad():
     theirs = module(torch.from_numpy(x[None])).logits.softmax(-1)[0].numpy()
@@ -93,6 +93,51 @@ def test_one_program_for_all_batches(weights):
     assert len(compiled) == seen
   finally:
     jax.monitoring.clear_event_listeners()
+
+
+def test_hidden_files_and_folders_are_no_images(weights, tmp_path):
+  (tmp_path / 'a.jpg').write_bytes(CHINA.read_bytes())
+  (tmp_path / '._a.jpg').write_text('what macOS leaves beside a file')
+  (tmp_path / 'b.jpg').mkdir()
+  (found,) = predict_images(weights, tmp_path)
+  assert found.image == str(tmp_path / 'a.jpg')
+
+
+def test_an_image_too_thin_for_a_crop(weights, tmp_path):
+  Image.new('RGB', (1, 300_000)).save(tmp_path / 'thin.png')
+  with pytest.raises(UserError, match=r'thin\.png is 1x300000 pixels, too thin'):
+    list(predict_images(weights, [tmp_path / 'thin.png']))
+
+
+def test_images_too_small_for_the_model(weights):
+  with pytest.raises(UserError, match='images of 1x1 are too small for this model'):
+    list(predict_images(weights, [CHINA], image_size=1))
+
+
+def test_arguments_are_told_before_the_weights_are_read(tmp_path, capsys):
+  for arguments, message in (
+    (['nowhere.jpg'], 'nowhere.jpg: there is no such file'),
+    ([str(CHINA), '--top=0'], 'top=0'),
+    ([str(CHINA), '--csv='], 'the name of a file is needed'),
+  ):
+    with pytest.raises(UserError, match=message):
+      predict.main([f'--weights={tmp_path / "no"}', *arguments])
+
+
+def test_whoever_has_read_enough_may_close_the_pipe(weights, clean_env):
+  command = [sys.executable, '-m', 'cvt_flax.predict', f'--weights={weights}', '--json']
+  process = subprocess.Popen(
+    [*command, *[str(CHINA)] * 3, '--batch_size=1'],
+    env=clean_env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  process.stdout.readline()
+  process.stdout.close()
+  with process.stderr:
+    assert process.stderr.read() == ''
+  assert process.wait() == 0
 
 
 def test_top_and_image_size(weights):

@@ -61,9 +61,29 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     raise UserError(f'cannot decode {name}: {error or type(error).__name__}') from error
 
 
-def prepare(image: Image.Image, size: int, crop_ratio: float) -> np.ndarray:
-  """The official evaluation: `resize_and_crop`, or `squash` where `crop_ratio` is 0."""
-  return resize_and_crop(image, size, crop_ratio) if crop_ratio else squash(image, size)
+def prepare(data: bytes | np.ndarray, name: str, size: int, crop_ratio: float) -> np.ndarray:
+  """Decodes an image and gives it the network's size, as the official evaluation does.
+
+  Args:
+    data, name: as for `decode`.
+    size: height and width of the result, in pixels.
+    crop_ratio: as for `resize_and_crop`; 0: `squash`.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Raises:
+    UserError: it cannot be decoded, or is so long and thin that it would be resized to more pixels
+      than Pillow takes from a file. The message names the image.
+  """
+  image = decode(data, name)
+  if not crop_ratio:
+    return squash(image, size)
+  width, height = image.size
+  pixels = int(size / crop_ratio) ** 2 * max(width, height) / min(width, height)
+  if pixels > 2 * Image.MAX_IMAGE_PIXELS:  # where `decode` refuses, too
+    raise UserError(f'{name} is {width}x{height} pixels, too thin for a crop of its centre')
+  return resize_and_crop(image, size, crop_ratio)
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:

@@ -105,13 +105,11 @@ def read_arrays(
     for place, example in zip(places, split.__getitems__(places), strict=True):
       index[place] = example.index
       try:
-        picture = images.decode(example.image, example.name)
+        image[place] = images.prepare(example.image, example.name, image_size, crop_ratio)
       except UserError:
         if not skip_unreadable:
           raise
         left_out.append((place, example.name))
-      else:
-        image[place] = images.prepare(picture, image_size, crop_ratio)
     return left_out
 
   # Threads, because Pillow lets go of the interpreter's lock while it decodes and resizes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from flax import traverse_util
 
@@ -9,14 +11,17 @@ from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import architecture, layouts, pretrained
 from cvt_flax.weights.description import same_classes
+from cvt_flax.weights.preprocessing import Preprocessing
 
 _HEAD = 'head'
-# What only training sees, and what the head's size is.
-_OF_TRAINING = ('num_classes', 'drop_rates', 'attn_drop_rates', 'drop_path_rates')
 
 
 def initial_variables(
-  source: str, model: CvT, class_names: tuple[str, ...], new_head: bool
+  source: str,
+  model: CvT,
+  class_names: tuple[str, ...],
+  preprocessing: Preprocessing,
+  new_head: bool,
 ) -> dict:
   """Reads what `model` takes of weights, and prints what that is.
 
@@ -24,14 +29,16 @@ def initial_variables(
     source: config.init_from.
     model: of the run.
     class_names: of the data.
-    new_head: whether the head may start anew where the weights have other classes.
+    preprocessing: of the run.
+    new_head: whether the head may start anew where the weights have other classes, as it may for
+      training.
 
   Returns:
     {path: array} of parameters and statistics: all of the model's, or all but its head's.
 
   Raises:
-    UserError: the weights cannot be read, do not fit the model, or are of other classes where they
-      have to be the data's.
+    UserError: the weights cannot be read or do not fit the model; where the head may not start
+      anew, they are of other classes, or of a network that computes something else.
   """
   weights = pretrained.load(source)
   for note in weights.notes:
@@ -53,21 +60,26 @@ def initial_variables(
   layouts.check(
     f'init_from={source}', *({'/'.join(p): s for p, s in t.items()} for t in (body, found))
   )
+  anew = f'; the head starts anew, for {len(class_names)} classes in place of {classes} others'
   print(
-    f'from {source} ({weights.kind}): {len(leaves)} of {len(shapes)} tensors'
-    + (
-      '' if same else f'; the head starts anew, for {len(class_names)} classes instead of {classes}'
-    )
+    f'from {source} ({weights.kind}): {len(leaves)} of {len(shapes)} tensors{"" if same else anew}'
   )
-  theirs, own = architecture.attributes(weights.model), architecture.attributes(model)
-  changed = [
-    f'{name} {theirs[name]!r} -> {own[name]!r}'
-    for name in own
-    if theirs[name] != own[name] and name not in _OF_TRAINING
-  ]
+  changed = architecture.differences(weights.model, model)
+  # The activation may be chosen: the same weights are used with both.
+  if not new_head and changed.keys() - {'activation'}:
+    raise UserError(f'{source} is of another network than this config: {_arrows(changed)}')
+  steps, own = (
+    dataclasses.asdict(weights.description.preprocessing),
+    dataclasses.asdict(preprocessing),
+  )
+  changed |= {name: (steps[name], own[name]) for name in own if steps[name] != own[name]}
   if changed:
-    print(f'the model of this config is not that of the weights: {", ".join(changed)}')
+    print(f'not as the weights say, but as this config does: {_arrows(changed)}')
   return leaves
+
+
+def _arrows(changed):
+  return ', '.join(f'{name} {theirs} -> {ours}' for name, (theirs, ours) in changed.items())
 
 
 def replace_leaves(tree: dict, leaves: dict[tuple[str, ...], np.ndarray]) -> dict:

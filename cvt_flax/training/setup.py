@@ -138,7 +138,11 @@ class Setup:
   def variables_of_weights(self) -> dict:
     """Returns the variables that config.init_from holds, on every device."""
     leaves = initialize.initial_variables(
-      self.config.init_from, self.model, self.dataset.class_names, new_head=False
+      self.config.init_from,
+      self.model,
+      self.dataset.class_names,
+      self.description.preprocessing,
+      new_head=False,
     )
     return jax.device_put(traverse_util.unflatten_dict(leaves), self.replicated)
 
@@ -241,7 +245,11 @@ class TrainingSetup(Setup):
 
   def _read_weights(self):
     return initialize.initial_variables(
-      self.config.init_from, self.model, self.dataset.class_names, new_head=True
+      self.config.init_from,
+      self.model,
+      self.dataset.class_names,
+      self.description.preprocessing,
+      new_head=True,
     )
 
   def _check_validation(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import typing
 from collections.abc import Callable, Mapping
 
 from cvt_flax.errors import UserError
@@ -16,6 +17,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # What a CvT computes on, not what it computes, and what depends on the batch.
 _NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size')
+
+# Attributes of a stage that its inference does not depend on.
+_OF_TRAINING = ('drop_rate', 'attn_drop_rate', 'drop_path_rate', 'bn_group_size')
+
+# No size, rate or count of a network that anyone has is larger.
+_LARGEST = 100_000
 
 # In all released weights a head has 64 channels; vit-pytorch's default, which nothing changes.
 _HEAD_DIM = 64
@@ -43,9 +50,34 @@ def from_attributes(values: Mapping, where: str) -> CvT:
   allowed = set(CvT.__dataclass_fields__) - set(_NOT_KEPT)
   if not isinstance(values, Mapping) or values.keys() != allowed:
     raise UserError(f'{where}: the attributes of CvT are needed: {", ".join(sorted(allowed))}')
+  return _build(values, where)
+
+
+def _build(values: Mapping, where: str) -> CvT:
+  """Returns the CvT with attributes that a stranger gave, lists for tuples.
+
+  CvT itself takes what it is given for what its annotations say.
+
+  Raises:
+    UserError: one has another type, or they do not fit together.
+  """
+  types = typing.get_type_hints(CvT)
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+  for name, value in values.items():
+    kind, several = types[name], isinstance(value, tuple)
+    if typing.get_origin(kind) is tuple:
+      fits, kind = several, typing.get_args(kind)[0]
+    else:
+      fits = not several
+    kinds = (int, float) if kind is float else (kind,)
+    elements = value if several else (value,)
+    if not fits or not all(type(x) in kinds for x in elements):
+      raise UserError(f'{where}: {name}={value!r}: {types[name]} is needed')
+    if kind in (int, float) and not all(abs(x) <= _LARGEST for x in elements):
+      raise UserError(f'{where}: {name}={value!r}: at most {_LARGEST} is taken')
   try:
-    return CvT(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-  except (ValueError, TypeError) as e:
+    return CvT(**values)
+  except ValueError as e:
     raise UserError(f'{where}: {e}') from e
 
 
@@ -81,8 +113,11 @@ def layout_of(names: Shapes, source: str) -> Layout:
 
 def num_classes(layout: Layout, shapes: Shapes) -> int:
   """Returns the length of the logits; 0 where there is no classifier."""
-  weight = shapes.get(f'{layout.modules["head"]}.weight', ())
-  return weight[0] if len(weight) == 2 else 0
+  head = layout.modules['head']
+  for leaf in ('weight', 'bias'):  # where one is missing, the other shows that it is
+    if shape := shapes.get(f'{head}.{leaf}'):
+      return shape[0]
+  return 0
 
 
 def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
@@ -98,7 +133,7 @@ def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
 
   def shape(name, axes):
     found = shapes.get(name)
-    if found is None or len(found) != axes:
+    if found is None or len(found) != axes or not all(found):
       have = 'is missing' if found is None else f'has the shape {list(found)}'
       raise UserError(f'{source}: {name} {have}, and without it the model cannot be known; {help_}')
     return found
@@ -112,7 +147,7 @@ def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
     names = (name(module, 'weight', **numbers, **{letter: n}) for n in itertools.count())
     return sum(1 for _ in itertools.takewhile(shapes.__contains__, names))
 
-  embed, fc1, q = 'stage{s}/patch_embed/proj', 'stage{s}/blocks_{j}/mlp/fc1', ''
+  embed, fc1 = 'stage{s}/patch_embed/proj', 'stage{s}/blocks_{j}/mlp/fc1'
   conv, q = 'stage{s}/blocks_{j}/attn/conv_proj_{p}/conv', 'stage{s}/blocks_{j}/attn/proj_{p}'
   stages = range(count(embed))
   depths = tuple(count(fc1, s=s) for s in stages)
@@ -129,6 +164,8 @@ def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
     )
   kernels = tuple(shape(name(conv, 'weight', s, 0, 'q'), 4)[2] for s in stages)
   inner = tuple(shape(name(q, 'weight', s, 0, 'q'), axes)[0] for s in stages)
+  if len(sizes) != 3:
+    raise UserError(f'{source} has {len(sizes)} stages, and only models of 3 are known; {help_}')
   if sizes != _PATCHES['patch_sizes']:
     raise UserError(
       f'{source}: embeddings with kernels of {sizes} pixels, whose strides do not show in the '
@@ -201,8 +238,8 @@ _CONFIG = {
   'attention_drop_rate': 'attn_drop_rates',
   'drop_path_rate': 'drop_path_rates',
 }
-# Its keys that must have one value in all stages for our attributes to say the same. Their
-# defaults, and those of the keys above that a config may leave out, are CvtConfig's.
+# What a config leaves out has CvtConfig's default: of the keys above, and of those that must have
+# a certain value for our attributes to say the same.
 _CONFIG_DEFAULTS = {
   'embed_dim': (64, 192, 384),
   'depth': (1, 2, 10),
@@ -234,30 +271,31 @@ def from_huggingface(config: Mapping, classes: int, where: str) -> CvT:
   Raises:
     UserError: the config is damaged, or of something that this model cannot be.
   """
-  try:
-    values = {k: tuple(config.get(k, default)) for k, default in _CONFIG_DEFAULTS.items()}
-  except TypeError as e:
-    raise UserError(f'{where}: a list for every stage is needed: {e}') from e
-  half = tuple(k // 2 for k in values['kernel_qkv'] if isinstance(k, int))
+  values = {k: config.get(k, default) for k, default in _CONFIG_DEFAULTS.items()}
+  if not all(isinstance(v, list | tuple) and v for v in values.values()):
+    raise UserError(f'{where}: a list with a value for every stage is needed for each of its keys')
+  values = {k: tuple(v) for k, v in values.items()}
+  stages = len(values['embed_dim'])
+  half = tuple(k // 2 if type(k) is int else 1 for k in values['kernel_qkv'])
   for key, needed in (
-    ('qkv_projection_method', ('dw_bn',) * len(values['embed_dim'])),
-    ('stride_q', (1,) * len(values['embed_dim'])),
+    ('qkv_projection_method', ('dw_bn',) * stages),
+    ('stride_q', (1,) * stages),
     ('padding_q', half),
     ('padding_kv', half),
-    ('qkv_bias', values['qkv_bias'][:1] * len(values['embed_dim'])),
+    ('qkv_bias', values['qkv_bias'][:1] * stages),
   ):
     if values[key] != needed:
       raise UserError(f'{where}: {key}={list(values[key])}: only {list(needed)} can be read here')
-  try:
-    return CvT(
+  return _build(
+    dict(
       num_classes=classes,
-      qkv_bias=bool(values['qkv_bias'][0]),
+      qkv_bias=values['qkv_bias'][0],
       activation=config.get('activation', 'gelu'),
       pool='cls' if values['cls_token'][-1] else 'mean',
       **{ours: values[theirs] for theirs, ours in _CONFIG.items()},
-    )
-  except (ValueError, TypeError, IndexError) as e:
-    raise UserError(f'{where}: {e}') from e
+    ),
+    where,
+  )
 
 
 def to_huggingface(model: CvT) -> dict:
@@ -361,3 +399,32 @@ def check_expressible(layout: Layout, model: CvT) -> None:
     problems.append('num_classes=0 (only with a classifier)')
   if problems:
     raise UserError(f'the layout {layout.name!r} cannot hold this model: {", ".join(problems)}')
+
+
+def differences(a: CvT, b: CvT) -> dict[str, tuple]:
+  """Returns in what two models compute differently, as {name: (of a, of b)}, lists by stage.
+
+  Not the classes, and nothing that only training sees.
+  """
+  found = {}
+  for name in (f.name for f in dataclasses.fields(StageOptions)):
+    values = tuple([getattr(o, name) for o in resolve(model)] for model in (a, b))
+    if name not in _OF_TRAINING and values[0] != values[1]:
+      found[name] = values
+  for name in ('pool', 'final_norm'):
+    if getattr(a, name) != getattr(b, name):
+      found[name] = (getattr(a, name), getattr(b, name))
+  return found
+
+
+def unsaid(layout: Layout, model: CvT) -> list[str]:
+  """Returns what of `model` its tensors in `layout` do not show, in words.
+
+  A file of tensors alone is read with what the authors, or vit-pytorch, have for such shapes.
+  """
+  shapes = {name: tensor.shape for name, tensor in layout.tensors(model).items()}
+  try:
+    shown = read(layout, shapes, '')
+  except UserError:
+    return ['strides, heads or projection']
+  return [f'{name} {own}' for name, (own, _) in differences(model, shown).items()]

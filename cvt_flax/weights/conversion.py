@@ -6,9 +6,10 @@ import pathlib
 
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import parity, pretrained
-from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL
-from cvt_flax.weights.pretrained import FLAX, Progress, Weights
+from cvt_flax.weights import architecture, parity, pretrained
+from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, Layout
+from cvt_flax.weights.preprocessing import Preprocessing
+from cvt_flax.weights.pretrained import FLAX, IN_PTH, Progress, Weights
 
 KINDS = (FLAX, *LAYOUTS)
 
@@ -44,12 +45,14 @@ def convert_weights(
       model, or PyTorch is needed and not installed. Nothing is left behind.
   """
   destination = pathlib.Path(destination)
-  to = to or (OFFICIAL.name if destination.suffix == '.pth' else FLAX)
+  to = to or _by_suffix(destination)
   if to not in KINDS:
     raise UserError(f'to={to!r}: one of {", ".join(KINDS)} is needed{nearest(to, KINDS)}')
   weights = pretrained.load(source, model, activation, progress)
   pretrained.check_writable(weights, destination, to)
   notes = list(weights.notes)
+  if to in IN_PTH:
+    notes += _left_behind(weights, LAYOUTS[to])
   if to == HUGGING_FACE.name and weights.model.activation == 'quick_gelu':
     notes.append(_export_note(weights))
   report = {
@@ -67,6 +70,29 @@ def convert_weights(
   return report
 
 
+def _by_suffix(destination):
+  match destination.suffix.lower():
+    case '.pth':
+      return OFFICIAL.name
+    case '.pt' | '.bin' | '.ckpt' | '.safetensors' as suffix:
+      raise UserError(f'{destination}: no layout is written as {suffix}: .pth, or a folder, is')
+    case _:
+      return FLAX
+
+
+def _left_behind(weights: Weights, layout: Layout) -> list[str]:
+  """Returns notes on what a file of tensors alone does not say."""
+  notes = []
+  if unsaid := architecture.unsaid(layout, weights.model):
+    notes.append(
+      f'a .pth file does not say {", ".join(unsaid)}: who reads it has to be given the model'
+    )
+  known = weights.description
+  if known.class_names or known.preprocessing != Preprocessing():
+    notes.append('class names and preprocessing have no place in a .pth file')
+  return notes
+
+
 def _export_note(weights: Weights) -> str:
   size = min(weights.description.preprocessing.image_size, 224)
   images = parity.random_images((size, size), count=1)
@@ -81,9 +107,7 @@ def _check(weights: Weights, to: str) -> dict:
   """Compares with PyTorch in the layout that is read or written, whichever is PyTorch's."""
   layout = LAYOUTS.get(to) or LAYOUTS.get(weights.kind)
   if layout is None:
-    raise UserError(
-      f'--check compares with PyTorch, and neither {weights.kind!r} nor {to!r} is of it'
-    )
+    raise UserError(f'check: neither {weights.kind!r} nor {to!r} is of it')
   size = weights.description.preprocessing.image_size
   found = parity.compare(
     weights.model, weights.variables, layout, parity.random_images((size, size))

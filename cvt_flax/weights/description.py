@@ -31,6 +31,9 @@ class Description:
   preprocessing: Preprocessing
 
   def __post_init__(self):
+    for name in self.class_names:
+      if not isinstance(name, str) or not name.isprintable():
+        raise UserError(f'class name {name!r}: printable text is needed')
     names, classes = len(self.class_names), self.model.num_classes
     if names and names != classes:
       raise UserError(f'{names} class names do not fit the {classes} classes of the model')
@@ -52,16 +55,35 @@ def run_json(description: Description) -> dict:
   }
 
 
-def from_json(config: Mapping, preprocessor: Mapping, where: str) -> Description:
+def from_json(
+  config: Mapping, preprocessor: Mapping, where: str, preprocessor_where: str
+) -> Description:
   """Returns what config.json and preprocessor_config.json of our own layout say.
+
+  Args:
+    config, preprocessor: the objects in them.
+    where, preprocessor_where: they were read, for messages.
 
   Raises:
     UserError: one of them is damaged.
   """
-  model = architecture.from_attributes(config.get('architecture'), where)
+  return described(
+    architecture.from_attributes(config.get('architecture'), where),
+    config,
+    where,
+    preprocessing.from_json(preprocessor, preprocessor_where),
+  )
+
+
+def described(model: CvT, config: Mapping, where: str, steps: Preprocessing) -> Description:
+  """Returns the description of a model with the class names of its config.json.
+
+  Raises:
+    UserError: they are damaged, or more or fewer than the model's classes.
+  """
   names = class_names(config, where)
   try:
-    return Description(model, names, preprocessing.from_json(preprocessor, where))
+    return Description(model, names, steps)
   except UserError as e:
     raise UserError(f'{where}: {e}') from e
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -54,6 +55,8 @@ def open_tensors(path: pathlib.Path) -> TensorFile:
       something else than numbers; PyTorch is needed and not installed.
   """
   try:
+    if not path.is_file():  # a pipe would be waited for
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     with path.open('rb') as file:
       head = file.read(16)
   except OSError as e:
@@ -75,7 +78,12 @@ def _open_safetensors(path):
     raise UserError(f'{path} is damaged or truncated: {e}') from e
 
   def read(name):
-    return _numbers(path, name, file.get_tensor(name))
+    try:
+      tensor = file.get_tensor(name)
+    except (AttributeError, TypeError, safetensors.SafetensorError) as e:  # NumPy has no such dtype
+      dtype = file.get_slice(name).get_dtype()
+      raise UserError(f'{path}: {name} has the dtype {dtype}, which cannot be read') from e
+    return _numbers(path, name, tensor)
 
   return TensorFile(path, shapes, read)
 
@@ -96,10 +104,7 @@ def _open_pytorch(path, is_zip):
       ) from e
     raise UserError(f'{path} is damaged or truncated ({type(e).__name__})') from e
 
-  state = _state_dict(path, content, torch.Tensor)
-  for prefix in _PREFIXES:
-    if all(name.startswith(prefix) for name in state):
-      state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+  state = _without_prefixes(_state_dict(path, content, torch.Tensor))
   # A tensor may claim any shape over a small storage, by strides of zero.
   if sum(t.numel() * t.element_size() for t in state.values()) > path.stat().st_size:
     raise UserError(f'{path} is refused: its tensors claim to be larger than the file')
@@ -129,18 +134,37 @@ def _check_zip(path):
 
 def _state_dict(path, content, kind):
   """Returns {name: tensor}, from a plain state dict or from where a checkpoint has it."""
+
+  def is_state(value):
+    return (
+      isinstance(value, Mapping)
+      and bool(value)
+      and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
+    )
+
+  candidates = [content]
   if isinstance(content, Mapping):
-    for key in _STATE_KEYS:
-      if isinstance(content.get(key), Mapping):
-        content = content[key]
-        break
-    if content and all(isinstance(value, kind) for value in content.values()):
-      return dict(content)
-    others = [str(k) for k, v in content.items() if not isinstance(v, kind)]
-    keys = f'its entries {", ".join(others[:5])} are none' if others else 'it is empty'
+    candidates += [content[key] for key in _STATE_KEYS if key in content]
+  for candidate in candidates:
+    if is_state(candidate):
+      return dict(candidate)
+  if not isinstance(content, Mapping):
+    why = f'it holds a {type(content).__name__}'
+  elif not content:
+    why = 'it is empty'
   else:
-    keys = f'it holds a {type(content).__name__}'
-  raise UserError(f'{path} is no state dict, whose entries are tensors: {keys}')
+    inner = next((c for c in candidates[1:] if isinstance(c, Mapping)), content)
+    wrong = [str(k) for k, v in inner.items() if not (isinstance(k, str) and isinstance(v, kind))]
+    why = f'its entries {", ".join(wrong[:5])} are none'
+  raise UserError(f'{path} is no state dict, whose entries are tensors: {why}')
+
+
+def _without_prefixes(state):
+  """Returns the state dict without what wrappers have put in front of every name."""
+  for prefix in _PREFIXES:
+    if all(name.startswith(prefix) for name in state):
+      return _without_prefixes({name.removeprefix(prefix): t for name, t in state.items()})
+  return state
 
 
 def _numbers(path, name, array):
@@ -163,9 +187,11 @@ def write_safetensors(
   path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
   """Writes tensors; they are made contiguous one at a time."""
-  safetensors.numpy.save_file(
-    {name: np.asarray(array, order='C') for name, array in tensors.items()}, path, dict(metadata)
-  )
+  tensors = {name: np.asarray(array, order='C') for name, array in tensors.items()}
+  try:
+    safetensors.numpy.save_file(tensors, path, dict(metadata))
+  except safetensors.SafetensorError as e:
+    raise OSError(str(e)) from e
   # safetensors makes it the writer's alone; as readable as its folder is what was meant.
   path.chmod(path.parent.stat().st_mode & 0o666)
 
@@ -174,7 +200,10 @@ def write_pytorch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
   """Writes a state dict, as torch.save does."""
   torch = import_torch(f'to write {path}')
   state = {n: torch.from_numpy(np.array(a, order='C')) for n, a in tensors.items()}
-  torch.save(state, path)
+  try:
+    torch.save(state, path)
+  except RuntimeError as e:  # such as a full disk
+    raise OSError(str(e).partition('\n')[0]) from e
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -200,31 +229,39 @@ def read_json(path: pathlib.Path) -> dict:
 
 def check_new(path: pathlib.Path) -> None:
   """Raises a UserError when there is something at `path`; an empty folder may be."""
-  empty = path.is_dir() and not any(path.iterdir())
-  if path.is_symlink() or (path.exists() and not empty):
-    raise UserError(f'{path} exists: give another destination')
+  try:
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.is_symlink() or (path.exists() and not empty):
+      raise UserError(f'{path} exists: give another destination')
+  except OSError as e:
+    raise UserError(f'{path}: {e.strerror}') from e
 
 
 @contextlib.contextmanager
 def new_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary name beside `path`, renamed to it when the block ends well, removed if not.
+  """Yields a temporary name beside `path`, renamed to it when the block ends well.
+
+  When it does not, nothing is left, nor are folders that were made to hold it.
 
   Raises:
     UserError: there is something at `path` (an empty folder may be), or it cannot be written.
   """
   check_new(path)
+  path = path.absolute()
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  missing = [folder for folder in path.parents if not folder.exists()]
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f'{path} cannot be written: {e.strerror}') from e
-  try:
     yield temporary
     os.replace(temporary, path)
+    missing = []
   except OSError as e:
     raise UserError(f'{path} cannot be written: {e.strerror or e}') from e
   finally:
     if temporary.is_dir():
       shutil.rmtree(temporary)
-    else:
-      temporary.unlink(missing_ok=True)
+    elif temporary.is_file():
+      temporary.unlink()
+    for folder in missing:  # from the innermost outwards
+      with contextlib.suppress(OSError):
+        folder.rmdir()

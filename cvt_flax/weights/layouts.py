@@ -37,8 +37,8 @@ class Tensor:
   Attributes:
     name: in the foreign state dict.
     shape: there.
-    leaves: paths of ours with their shapes; several follow each other along the first axis. None
-      for a counter.
+    leaves: paths of ours with their shapes; several follow each other along the first axis. A
+      counter holds none.
   """
 
   name: str
@@ -96,6 +96,7 @@ class Layout:
     modules: {our module: theirs}, with {s} for a stage, {j} for a block, {p} for a projection.
     projections: {our letters of a projection: theirs}.
     marker: a tensor's name by which the layout is known.
+    activation: that its code computes.
     leaf: (our module, our leaf, its shape with PyTorch's axes) -> its name and shape there.
   """
 
@@ -103,6 +104,7 @@ class Layout:
   modules: Mapping[str, str]
   projections: Mapping[str, str]
   marker: str
+  activation: str
   leaf: Callable[[str, str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = _pytorch_leaf
 
   def expand(self, depths: tuple[int, ...]) -> dict[str, str]:
@@ -167,7 +169,9 @@ class Layout:
     check(source, {name: tensor.shape for name, tensor in tensors.items()}, shapes)
     leaves = {}
     for name in shapes:
-      leaves |= tensors[name].unpack(read(name))
+      tensor = read(name)
+      check_numbers(source, name, tensor, counter=not tensors[name].leaves)
+      leaves |= tensors[name].unpack(tensor)
     return {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
 
 
@@ -192,6 +196,7 @@ OFFICIAL = Layout(
   },
   {'q': 'q', 'k': 'k', 'v': 'v'},
   marker='stage0.patch_embed.proj.weight',
+  activation='quick_gelu',
 )
 
 # CvtForImageClassification of transformers, models/cvt/modeling_cvt.py.
@@ -217,6 +222,7 @@ HUGGING_FACE = Layout(
   },
   {'q': 'query', 'k': 'key', 'v': 'value'},
   marker='cvt.encoder.stages.0.embedding.convolution_embeddings.projection.weight',
+  activation='gelu',
 )
 
 # vit_pytorch/cvt.py of github.com/lucidrains/vit-pytorch. Keys and values are one projection there,
@@ -240,6 +246,7 @@ VIT_PYTORCH = Layout(
   },
   {'q': 'q', 'k': 'kv', 'v': 'kv', 'kv': 'kv'},
   marker='layers.0.2.layers.0.0.to_kv.net.2.weight',
+  activation='gelu',
   leaf=_vit_pytorch_leaf,
 )
 
@@ -254,6 +261,14 @@ def leaf_shapes(model: CvT) -> dict[Path, tuple[int, ...]]:
     warnings.simplefilter('ignore')  # of maps of one key, which is for whoever uses the model
     tree = jax.eval_shape(model.init, jax.random.key(0), images)
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def check_size(source: str, model: CvT, tensors: int) -> None:
+  """Raises a UserError when there are fewer tensors than blocks, before a tree of them is made."""
+  if sum(model.depths) > tensors:
+    raise UserError(
+      f'{source}: the model has {sum(model.depths)} blocks, and there are {tensors} tensors'
+    )
 
 
 def check(
@@ -287,6 +302,12 @@ def check(
   ]
   if problems:
     raise UserError(f'{source} does not fit the model; tensors {"; tensors ".join(problems)}')
+
+
+def check_numbers(source: str, name: str, tensor: np.ndarray, counter: bool = False) -> None:
+  """Raises a UserError when a tensor is not of floating-point numbers; a counter may be."""
+  if not counter and tensor.dtype.kind in 'iu':
+    raise UserError(f'{source}: {name} is of {tensor.dtype}, and no parameter is an integer')
 
 
 def _few(names, most=8):

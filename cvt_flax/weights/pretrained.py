@@ -16,11 +16,14 @@ from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import architecture, description, files, layouts, preprocessing, run_folder
 from cvt_flax.weights.description import Description
-from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, Layout
+from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
 from cvt_flax.weights.preprocessing import Preprocessing
 
 # What weights are kept in, besides the layouts: a folder of ours, and a run folder.
 FLAX, RUN = 'flax', 'run'
+
+# Layouts that are written as .pth files; the others are folders.
+IN_PTH = (OFFICIAL.name, VIT_PYTORCH.name)
 
 _CONFIG, _PREPROCESSOR = 'config.json', 'preprocessor_config.json'
 _SAFETENSORS, _BIN = 'model.safetensors', 'pytorch_model.bin'
@@ -82,6 +85,8 @@ def load(
     UserError: the source is damaged, or not what it should be, or does not fit the model.
   """
   source = str(source)
+  if not source:
+    raise UserError('the weights: a file, a folder or hf:NAME is needed')
   if source.startswith('hf:'):
     return _load_folder(_download(source[3:]), source, model, activation, progress)
   path = pathlib.Path(source)
@@ -208,6 +213,8 @@ def check_writable(weights: Weights, path: pathlib.Path, kind: str) -> None:
   files.check_new(path)
   if kind != FLAX:
     architecture.check_expressible(LAYOUTS[kind], weights.model)
+  if kind in IN_PTH:
+    files.import_torch(f'to write {path}')
   if kind == HUGGING_FACE.name:
     preprocessing.check_huggingface(weights.description.preprocessing)
 
@@ -231,6 +238,11 @@ def _override(read, model, num_classes):
 def _load_folder(folder, source, model, activation, progress):
   if (folder / run_folder.DESCRIPTION).is_file():
     return _load_run(folder, source, model, activation)
+  if (folder / run_folder.CHECKPOINTS).is_dir():
+    raise UserError(
+      f'{source} is a run folder without {run_folder.DESCRIPTION}: the training that made it, '
+      'started again, writes that'
+    )
   if not (folder / _CONFIG).is_file():
     holds = ', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'
     raise UserError(
@@ -243,7 +255,7 @@ def _load_folder(folder, source, model, activation, progress):
   where = str(folder / _CONFIG)
   if config.get('library_name') == description.LIBRARY:
     file = _tensors_of(folder, (_SAFETENSORS,))
-    found = description.from_json(config, steps, where)
+    found = description.from_json(config, steps, where, str(folder / _PREPROCESSOR))
     classes = found.model.num_classes
     given = _override(lambda: found.model, model, classes)
     given = architecture.with_activation(given, activation)
@@ -253,13 +265,18 @@ def _load_folder(folder, source, model, activation, progress):
     raise UserError(f"{where}: model_type={config.get('model_type')!r}: only 'cvt' can be read")
   file = _tensors_of(folder, (_SAFETENSORS, _BIN))
   classes = architecture.num_classes(HUGGING_FACE, file.shapes)
+  if not classes:
+    raise UserError(f'{source} has no classifier: only CvtForImageClassification can be read')
   own = config.get('activation', 'gelu')
   given = _override(lambda: architecture.from_huggingface(config, classes, where), model, classes)
-  given = architecture.with_activation(given, activation or own)
-  if 'activation' not in config and not activation:
+  if isinstance(model, str):  # a name says nothing of it, a CvT does
+    given = architecture.with_activation(given, activation or own)
+  else:
+    given = architecture.with_activation(given, activation)
+  if given.activation == 'gelu' and not ('activation' in config or activation):
     notes.append(_GELU_NOTE)
-  names = description.class_names(config, where)
-  found = Description(given, names, preprocessing.from_json(steps, str(folder / _PREPROCESSOR)))
+  steps = preprocessing.from_json(steps, str(folder / _PREPROCESSOR))
+  found = description.described(given, config, where, steps)
   return _read(file, HUGGING_FACE, found, HUGGING_FACE.name, source, notes, progress)
 
 
@@ -267,19 +284,19 @@ def _tensors_of(folder, names):
   for name in names:
     if (folder / name).is_file():
       return files.open_tensors(folder / name)
-  raise UserError(f'{folder}: {" or ".join(names)} is missing')
+  parts = ', and weights in several files are not read' if any(folder.glob('*.index.json')) else ''
+  raise UserError(f'{folder}: {" or ".join(names)} is missing{parts}')
 
 
 def _load_run(folder, source, model, activation):
   path = folder / run_folder.DESCRIPTION
   config = files.read_json(path)
-  found = description.from_json(config, config.get('preprocessor') or {}, str(path))
+  found = description.from_json(config, config.get('preprocessor'), str(path), str(path))
   given = _override(lambda: found.model, model, found.model.num_classes)
   given = architecture.with_activation(given, activation)
-  shapes = layouts.leaf_shapes(given)
-  abstract = traverse_util.unflatten_dict({p: run_folder.on_host(s) for p, s in shapes.items()})
-  variables, step, averaged = run_folder.restore_best(folder, {'batch_stats': {}} | abstract)
+  variables, step, averaged = run_folder.restore_best(folder, given, source)
   variables = jax.tree.map(np.asarray, variables)
+  _check_finite(source, variables)
   note = f'the checkpoint of step {step}, its {"averaged " if averaged else ""}parameters'
   return Weights(dataclasses.replace(found, model=given), variables, RUN, source, (note,))
 
@@ -294,11 +311,7 @@ def _read(
   progress: Progress | None,
 ) -> Weights:
   """Reads all tensors of a file into the variables of a model; without a layout, into our own."""
-  if sum(known.model.depths) > len(file.shapes):  # before a tree of that size is made
-    raise UserError(
-      f'{source}: the model has {sum(known.model.depths)} blocks, {file.path.name} only '
-      f'{len(file.shapes)} tensors'
-    )
+  layouts.check_size(f'{source} ({file.path.name})', known.model, len(file.shapes))
   read, done = file.read, 0
   if progress:
 
@@ -311,14 +324,28 @@ def _read(
   if layout is None:
     shapes = layouts.leaf_shapes(known.model)
     layouts.check(source, _joined(shapes), file.shapes)
-    leaves = {path: np.array(read('/'.join(path)), np.float32) for path in shapes}
+    leaves = {}
+    for path in shapes:
+      tensor = read('/'.join(path))
+      layouts.check_numbers(source, '/'.join(path), tensor)
+      leaves[path] = np.array(tensor, np.float32)
     variables = {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
   else:
     # Any activation: it does not show in tensors.
-    own = {'official': 'quick_gelu'}.get(layout.name, 'gelu')
-    architecture.check_expressible(layout, architecture.with_activation(known.model, own))
+    architecture.check_expressible(
+      layout, architecture.with_activation(known.model, layout.activation)
+    )
     variables = layout.unpack(known.model, file.shapes, read, source)
+  _check_finite(source, variables)
   return Weights(known, variables, kind, source, tuple(notes))
+
+
+def _check_finite(source, variables):
+  leaves = {'/'.join(p): x for p, x in traverse_util.flatten_dict(variables).items()}
+  damaged = [name for name, x in leaves.items() if not np.isfinite(x).all()]
+  if damaged:
+    more = f', and {len(damaged) - 3} more' if len(damaged) > 3 else ''
+    raise UserError(f'{source} holds values that are not finite: {", ".join(damaged[:3])}{more}')
 
 
 def _joined(leaves):
@@ -339,7 +366,9 @@ def _download(name: str) -> pathlib.Path:
         break
       try:
         found = pathlib.Path(huggingface_hub.hf_hub_download(name, file)).parent
-      except errors.EntryNotFoundError:
+      except errors.LocalEntryNotFoundError:  # not in the cache, and out of reach
+        raise
+      except errors.EntryNotFoundError:  # there, and without such a file
         if file == _CONFIG:
           raise
   except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:

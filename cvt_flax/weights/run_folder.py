@@ -7,8 +7,11 @@ import pathlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.cvt import CvT
+from cvt_flax.weights import layouts
 
 # The folder of the checkpoints, and what each of them holds: {'params', 'batch_stats'} of the
 # model, and their averages where the run keeps them.
@@ -65,18 +68,19 @@ def restore(manager: ocp.CheckpointManager, step: int, items: dict) -> dict:
     raise UserError(f'the checkpoint {manager.directory / str(step)} cannot be read: {text}') from e
 
 
-def restore_best(folder: pathlib.Path, abstract: dict) -> tuple[dict, int, bool]:
+def restore_best(folder: pathlib.Path, model: CvT, source: str) -> tuple[dict, int, bool]:
   """Reads the best checkpoint of a run, the averages where the run keeps them.
 
   Args:
     folder: of the run.
-    abstract: {'params', 'batch_stats'} of jax.ShapeDtypeStructs with shardings.
+    model: that it is of.
+    source: what a person calls the folder, for messages.
 
   Returns:
-    The variables, the step, and whether they are averages.
+    The variables {'params', 'batch_stats'}, the step, and whether they are averages.
 
   Raises:
-    UserError: there is no checkpoint, or it is damaged.
+    UserError: there is no checkpoint, it is damaged, or not of `model`.
   """
   checkpoints = folder / CHECKPOINTS
   if not checkpoints.is_dir():
@@ -87,10 +91,24 @@ def restore_best(folder: pathlib.Path, abstract: dict) -> tuple[dict, int, bool]
       raise UserError(f'{folder} holds no checkpoint yet')
     averaged = (checkpoints / str(step) / AVERAGES).is_dir()
     name = AVERAGES if averaged else MODEL
+    saved = _shapes(checkpoints.absolute() / str(step) / name)
+    layouts.check_size(source, model, len(saved))
+    shapes = layouts.leaf_shapes(model)
+    layouts.check(source, *({'/'.join(p): s for p, s in t.items()} for t in (shapes, saved)))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {'batch_stats': {}} | traverse_util.unflatten_dict(
+      {p: jax.ShapeDtypeStruct(s, np.float32, sharding=device) for p, s in shapes.items()}
+    )
     return restore(opened, step, {name: abstract})[name], step, averaged
 
 
-def on_host(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-  """Returns what restores a float32 array onto one device of this process."""
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(shape, np.float32, sharding=device)
+def _shapes(item: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns {path: shape} of what is saved; Orbax itself finds misfits only while it reads."""
+  handler = ocp.StandardCheckpointHandler()
+  try:
+    tree = handler.metadata(item).tree
+  except (OSError, ValueError, KeyError, AttributeError) as e:
+    raise UserError(f'the checkpoint {item} cannot be read: {type(e).__name__}') from e
+  finally:
+    handler.close()
+  return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}

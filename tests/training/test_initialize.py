@@ -1,5 +1,8 @@
 """init_from: runs and evaluations that start from weights."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -55,7 +58,7 @@ def test_the_head_starts_anew_for_other_classes(class_names, config, weights, tm
     expected = fresh if path[0] == 'head' else drawn
     np.testing.assert_array_equal(leaf, expected[path])
   said = capsys.readouterr().out
-  assert f'the head starts anew, for 2 classes instead of {len(class_names)}' in said
+  assert f'the head starts anew, for 2 classes in place of {len(class_names)} others' in said
 
 
 def test_weights_without_names_may_be_of_any_classes(config, weights, tmp_path, capsys):
@@ -72,9 +75,43 @@ def test_another_model_is_said(config, weights, tmp_path, capsys):
   config.init_from = str(weights(activation='gelu', attention_scale='head_dim', drop_rates=()))
   first_state(config, tmp_path / 'run')
   said = capsys.readouterr().out.splitlines()[-1]
-  assert "activation 'gelu' -> 'quick_gelu'" in said
-  assert "attention_scale 'head_dim' -> 'embed_dim'" in said
-  assert 'drop_rates' not in said  # of training alone
+  assert "activation ['gelu', 'gelu'] -> ['quick_gelu', 'quick_gelu']" in said
+  assert 'scale' not in said  # one head: both scales are the same
+  assert 'drop_rate' not in said  # of training alone
+
+
+def test_another_preprocessing_is_said(config, weights, tmp_path, capsys):
+  config.init_from = str(weights())
+  first_state(config, tmp_path / 'run')
+  assert 'not as' not in capsys.readouterr().out
+  config.mean, config.crop_ratio = (0.5, 0.5, 0.5), 0.9
+  first_state(config, tmp_path / 'other')
+  said = capsys.readouterr().out
+  assert 'crop_ratio 1.0 -> 0.9' in said
+  assert 'mean (0.485, 0.456, 0.406) -> (0.5, 0.5, 0.5)' in said
+
+
+def test_what_a_file_does_not_spell_out_is_no_difference(config, weights, tmp_path, capsys):
+  config.model.kv_strides = (2, 2)  # the default, () elsewhere
+  config.init_from = str(weights(kv_strides=()))
+  first_state(config, tmp_path / 'run')
+  assert 'not as' not in capsys.readouterr().out
+
+
+def test_weights_of_another_network_are_not_evaluated(config, weights, tmp_path, capsys):
+  config.init_from = str(weights(kv_strides=(1, 1)))
+  with pytest.raises(
+    UserError, match=r'another network than this config: kv_stride \[1, 1\] -> \['
+  ):
+    loop.run(config, tmp_path / 'run', mode='eval')
+
+
+def test_weights_are_evaluated_with_the_activation_that_is_chosen(
+  config, weights, tmp_path, capsys
+):
+  config.init_from = str(weights(activation='gelu'))
+  loop.run(config, tmp_path / 'run', mode='eval')
+  assert "activation ['gelu', 'gelu'] -> ['quick_gelu', 'quick_gelu']" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -161,6 +198,33 @@ def test_evaluating_weights_of_other_classes(config, weights, tmp_path):
   config.init_from = str(weights(('ant', 'bee', 'cat')))
   with pytest.raises(UserError, match=r'has 3 classes \(ant, bee, cat\), the data 2 \(0, 1\)'):
     loop.run(config, tmp_path / 'run', mode='eval')
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'embed_dims': [16, 8]}, r'36 of another shape: batch_stats/\S+ \[8\] instead of \[16\], '),
+    ({'depths': [1, 10**4]}, '10001 blocks'),
+  ],
+)
+def test_a_run_folder_that_says_it_is_of_another_model(change, message, trained, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(trained[1], folder)
+  description = json.loads((folder / 'model.json').read_text())
+  description['architecture'] |= change
+  (folder / 'model.json').write_text(json.dumps(description))
+  with pytest.raises(UserError, match=message):
+    pretrained.load(folder)
+
+
+def test_a_run_folder_without_its_preprocessing(trained, tmp_path):
+  folder = tmp_path / 'run'
+  shutil.copytree(trained[1], folder)
+  description = json.loads((folder / 'model.json').read_text())
+  del description['preprocessor']
+  (folder / 'model.json').write_text(json.dumps(description))
+  with pytest.raises(UserError, match=r'model\.json: an object is needed'):
+    pretrained.load(folder)
 
 
 def test_a_run_without_a_checkpoint_holds_no_weights(config, trained, tmp_path):

@@ -129,9 +129,15 @@ def test_hugging_face_defaults():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'depth': 3}, 'a list for every stage'),
+    ({'depth': 3}, 'a list with a value for every stage'),
     ({'depth': [1, 2]}, 'depths has 2 entries'),
     ({'depth': ['1', 2, 10]}, 'config.json'),
+    ({'depth': [1.0, 2.0, 10.0]}, r'depths=\(1.0, 2.0, 10.0\)'),
+    ({'patch_sizes': [7, 3, 10**9]}, 'patch_sizes.*at most'),
+    ({'mlp_ratio': [4.0, 4.0, float('nan')]}, 'mlp_ratios.*at most'),
+    ({'num_heads': [True, 3, 6]}, 'num_heads'),
+    ({'qkv_bias': ['yes'] * 3}, "qkv_bias='yes'"),
+    ({'cls_token': [0, 0, 1]}, 'cls_token'),
     ({'num_heads': [5, 3, 6]}, '5 heads do not divide'),
     ({'activation': 'relu'}, "activation='relu'"),
     ({'stride_q': [2, 1, 1]}, r'stride_q=\[2, 1, 1\]: only \[1, 1, 1\]'),
@@ -193,7 +199,17 @@ def test_attributes_there_and_back():
 
 
 @pytest.mark.parametrize(
-  'damage', [lambda v: None, lambda v: v | {'x': 1}, lambda v: v | {'depths': [1, 2]}, lambda v: {}]
+  'damage',
+  [
+    lambda v: v | {'head_dim': 1.5},
+    lambda v: v | {'cls_token': ['a', 'b', 'c']},
+    lambda v: v | {'final_norm': {}},
+    lambda v: v | {'embed_dims': 64},
+    lambda v: None,
+    lambda v: v | {'x': 1},
+    lambda v: v | {'depths': [1, 2]},
+    lambda v: {},
+  ],
 )
 def test_damaged_attributes(damage):
   values = damage(architecture.attributes(OFFICIAL_MODEL))

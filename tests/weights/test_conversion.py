@@ -14,7 +14,7 @@ from cvt_flax.weights import files, parity, pretrained
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
 from cvt_flax.weights.preprocessing import Preprocessing
 from tests.models.torch_weights import assert_close, drawn_variables, quick_jit
-from tests.weights.models import MODELS, SMALL, assert_same_bytes, state_dict
+from tests.weights.models import MODELS, OFFICIAL_MODEL, SMALL, assert_same_bytes, state_dict
 
 NAMES = ('ant', 'bee', 'cat', 'dog', 'eel')
 
@@ -174,6 +174,36 @@ def test_a_failure_leaves_nothing(ours, tmp_path, monkeypatch):
   monkeypatch.setattr(files, 'write_json', fails)
   with pytest.raises(UserError, match='cannot be written: No space left'):
     convert_weights(folder, tmp_path / 'w', to='huggingface')
+  assert [p.name for p in tmp_path.iterdir()] == ['ours']
+
+
+@pytest.mark.parametrize('suffix', ['.pt', '.bin', '.safetensors'])
+def test_suffixes_that_nothing_is_written_as(suffix, ours, tmp_path):
+  with pytest.raises(UserError, match=rf'no layout is written as \{suffix}'):
+    convert_weights(ours(OFFICIAL), tmp_path / f'w{suffix}')
+
+
+def test_what_a_pth_does_not_say_is_noted(tmp_path, peer):
+  peer('torch')
+  model = OFFICIAL_MODEL.clone(kv_strides=(1, 1, 1), num_heads=(1, 1, 1))
+  save_pretrained(tmp_path / 'w', model, drawn_variables(model), NAMES)
+  first, second = convert_weights(tmp_path / 'w', tmp_path / 'w.PTH')['notes']
+  assert 'num_heads [1, 1, 1]' in first and 'kv_stride [1, 1, 1]' in first
+  assert 'patch' not in first
+  assert second == 'class names and preprocessing have no place in a .pth file'
+
+
+def test_a_pth_that_says_all_has_no_note(tmp_path, peer):
+  peer('torch')
+  save_pretrained(tmp_path / 'w', OFFICIAL_MODEL, drawn_variables(OFFICIAL_MODEL))
+  assert convert_weights(tmp_path / 'w', tmp_path / 'w.pth')['notes'] == []
+
+
+def test_pytorch_is_asked_for_before_anything_is_made(ours, tmp_path, monkeypatch):
+  folder = ours(OFFICIAL)
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError, match=r'to write .*new/w\.pth, PyTorch is needed'):
+    convert_weights(folder, tmp_path / 'new' / 'w.pth')
   assert [p.name for p in tmp_path.iterdir()] == ['ours']
 
 

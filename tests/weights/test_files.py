@@ -101,7 +101,9 @@ def test_the_authors_checkpoint_has_a_model_name(save, state):
   assert_holds_tensors(files.open_tensors(save({'model': 'cls_cvt', 'state_dict': state})))
 
 
-@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.'])
+@pytest.mark.parametrize(
+  'prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.']
+)
 def test_prefixes_of_wrappers(prefix, save, state):
   wrapped = {prefix + name: tensor for name, tensor in state.items()}
   assert_holds_tensors(files.open_tensors(save(wrapped)))
@@ -212,12 +214,32 @@ def test_a_zip_file_of_something_else(torch, tmp_path):
     ([1, 2], 'it holds a list'),
     ({}, 'it is empty'),
     ({'epoch': 1, 'lr': 0.1}, 'its entries epoch, lr are none'),
+    ({1: 2}, 'its entries 1 are none'),
     ({'state_dict': {'a': 1}}, 'its entries a are none'),
   ],
 )
 def test_no_state_dict(value, message, save):
   with pytest.raises(UserError, match=f'is no state dict.*{message}'):
     files.open_tensors(save(value))
+
+
+def test_a_tensor_without_a_name(torch, save):
+  with pytest.raises(UserError, match='its entries 1 are none'):
+    files.open_tensors(save({1: torch.zeros(1)}))
+
+
+def test_a_dtype_that_numpy_does_not_have(torch, tmp_path):
+  import safetensors.torch
+
+  safetensors.torch.save_file({'x': torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / 'w')
+  with pytest.raises(UserError, match='x has the dtype F8_E4M3'):
+    files.open_tensors(tmp_path / 'w').read('x')
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'w')
+  with pytest.raises(UserError, match='No such file'):
+    files.open_tensors(tmp_path / 'w')
 
 
 def test_missing_files(tmp_path):
@@ -262,6 +284,22 @@ def test_a_failure_leaves_nothing(folder, tmp_path):
     path.mkdir() if folder else path.write_text('half')
     1 / 0  # noqa: B018
   assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_no_folders_that_were_made_for_it(tmp_path):
+  (tmp_path / 'mine').mkdir()
+  with pytest.raises(ZeroDivisionError), files.new_path(tmp_path / 'mine' / 'a' / 'b' / 'w'):
+    1 / 0  # noqa: B018
+  assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*')] == ['mine']
+
+
+def test_the_working_directory_may_be_filled(tmp_path, monkeypatch):
+  (tmp_path / 'w').mkdir()
+  monkeypatch.chdir(tmp_path / 'w')
+  with files.new_path(pathlib.Path('.')) as path:
+    path.mkdir()
+    (path / 'x').write_text('x')
+  assert (tmp_path / 'w' / 'x').exists()
 
 
 def test_nothing_is_written_over(tmp_path):

@@ -202,7 +202,27 @@ def test_it_computes_what_was_saved(folder, variables):
     (lambda f: change(f / 'config.json', id2label={'1': 'a'}), 'numbers from 0 to 0'),
     (lambda f: change(f / 'config.json', id2label=['a']), 'id2label'),
     (lambda f: change(f / 'config.json', library_name='x'), "model_type=None: only 'cvt'"),
+    (
+      lambda f: change(f / 'config.json', id2label={str(i): '\ud800' for i in range(5)}),
+      'printable',
+    ),
+    (
+      lambda f: change(f / 'config.json', id2label={str(i): 'a\x1b' for i in range(5)}),
+      'printable',
+    ),
     (lambda f: change(f / 'preprocessor_config.json', size='big'), "size='big'"),
+    (lambda f: change(f / 'preprocessor_config.json', size=0), 'image_size=0'),
+    (lambda f: change(f / 'preprocessor_config.json', size={'height': 9, 'width': 9}), 'size='),
+    (lambda f: change(f / 'preprocessor_config.json', size={'shortest_edge': [9]}), 'size='),
+    (lambda f: change(f / 'preprocessor_config.json', squash='no'), 'squash is true or false'),
+    (lambda f: change(f / 'preprocessor_config.json', rescale_factor=1 / 127.5), 'rescale_factor'),
+    (lambda f: change(f / 'preprocessor_config.json', image_mean=[float('nan')] * 3), 'mean='),
+    (lambda f: change(f / 'preprocessor_config.json', image_mean=0.5), 'image_mean and image_std'),
+    (
+      lambda f: change(f / 'preprocessor_config.json', image_processor_type='ViTImageProcessor'),
+      "image_processor_type='ViTImageProcessor'",
+    ),
+    (lambda f: (f / 'checkpoints').mkdir(), r'a run folder without model\.json'),
     (lambda f: change(f / 'preprocessor_config.json', crop_pct=0), 'crop_pct'),
     (lambda f: change(f / 'preprocessor_config.json', image_std=[1, 1]), 'three numbers'),
     (lambda f: change(f / 'preprocessor_config.json', resample=2), 'resample=2'),
@@ -217,9 +237,9 @@ def test_damaged_folders(damage, message, folder):
 
 def test_a_config_of_another_model(folder):
   config = json.loads((folder / 'config.json').read_text())
-  config['architecture']['depths'] = [1, 2, 10**9]
+  config['architecture']['depths'] = [1, 2, 90_000]
   (folder / 'config.json').write_text(json.dumps(config))
-  with pytest.raises(UserError, match='1000000003 blocks'):
+  with pytest.raises(UserError, match='90003 blocks, and there are 203 tensors'):
     pretrained.load(folder)
 
 
@@ -248,6 +268,40 @@ def test_state_dicts_that_do_not_fit(change, message, tmp_path):
     pretrained.load(tmp_path / 'w')
 
 
+@pytest.mark.parametrize(
+  ('dtype', 'value', 'message'),
+  [
+    ('int8', 1, r'head\.bias is of int8, and no parameter is an integer'),
+    ('float32', np.nan, r'not finite: params/head/bias$'),
+    ('float64', 1e300, r'not finite: params/head/bias$'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore:overflow')
+def test_values_that_are_no_weights(dtype, value, message, tmp_path):
+  state = state_dict(OFFICIAL) | {'head.bias': np.full(5, value, dtype)}
+  files.write_safetensors(tmp_path / 'w', state, {})
+  with pytest.raises(UserError, match=message):
+    pretrained.load(tmp_path / 'w')
+
+
+def test_weights_in_several_files_are_not_read(huggingface):
+  (huggingface / 'model.safetensors').rename(huggingface / 'model.safetensors.index.json')
+  with pytest.raises(UserError, match='is missing, and weights in several files are not read'):
+    pretrained.load(huggingface)
+
+
+def test_hugging_face_without_a_classifier(huggingface):
+  state = {n: x for n, x in state_dict(HUGGING_FACE).items() if not n.startswith('classifier')}
+  files.write_safetensors(huggingface / 'model.safetensors', state, {})
+  with pytest.raises(UserError, match='no classifier: only CvtForImageClassification'):
+    pretrained.load(huggingface)
+
+
+def test_a_model_that_is_given_keeps_its_activation(huggingface):
+  weights = pretrained.load(huggingface, OFFICIAL_MODEL)
+  assert (weights.model, weights.notes) == (OFFICIAL_MODEL, ())
+
+
 def test_hugging_face_without_its_config(tmp_path):
   path = write_state(tmp_path / 'w.safetensors', HUGGING_FACE)
   with pytest.raises(UserError, match=r'of Hugging Face, and config\.json has to stand beside it'):
@@ -272,6 +326,8 @@ def test_variables_of_another_model_are_not_saved(tmp_path, variables):
     UserError, match='the tree of variables does not fit the model; tensors 2 of another shape'
   ):
     save_pretrained(tmp_path / 'w', CvT(**SMALL | dict(num_classes=6)), variables)
+  with pytest.raises(UserError, match='class name 1: printable text'):
+    save_pretrained(tmp_path / 'w', OFFICIAL_MODEL, variables, (1, 2, 3, 4, 5))
   with pytest.raises(UserError, match='2 class names do not fit the 5 classes'):
     save_pretrained(tmp_path / 'w', OFFICIAL_MODEL, variables, ('a', 'b'))
   assert not list(tmp_path.iterdir())
@@ -285,7 +341,7 @@ def test_preprocessing_that_transformers_does_not_have(size, crop, tmp_path):
     pretrained.write(weights, tmp_path / 'w', 'huggingface')
 
 
-@pytest.mark.parametrize('size', [{'shortest_edge': 96}, 96, {'height': 96, 'width': 96}])
+@pytest.mark.parametrize('size', [{'shortest_edge': 96}, 96])
 def test_sizes_of_old_and_new_image_processors(size, huggingface):
   change(huggingface / 'preprocessor_config.json', size=size, squash=None)
   assert pretrained.load(huggingface).description.preprocessing == Preprocessing(96, 0.875)
@@ -303,15 +359,19 @@ class Hub(types.ModuleType):
 
     class EntryNotFoundError(HfHubHTTPError): ...
 
+    class LocalEntryNotFoundError(EntryNotFoundError): ...
+
     class RepositoryNotFoundError(HfHubHTTPError): ...
 
   def __init__(self, folder):
     super().__init__('huggingface_hub')
-    self.folder, self.fetched = folder, []
+    self.folder, self.fetched, self.out_of_reach = folder, [], ''
 
   def hf_hub_download(self, name, file):
     if name != 'someone/cvt':
       raise self.errors.RepositoryNotFoundError(f'404: no {name}')
+    if file == self.out_of_reach:
+      raise self.errors.LocalEntryNotFoundError('not in the cache, and there is no network')
     if not (self.folder / file).is_file():
       raise self.errors.EntryNotFoundError(f'404: no {file}')
     self.fetched.append(file)
@@ -341,6 +401,13 @@ def test_from_the_hub_without_safetensors(hub, peer):
 def test_not_on_the_hub(hub):
   with pytest.raises(UserError, match='^hf:someone/else: 404: no someone/else'):
     pretrained.load('hf:someone/else')
+
+
+@pytest.mark.parametrize('file', ['config.json', 'preprocessor_config.json', 'model.safetensors'])
+def test_a_file_out_of_reach_is_not_taken_for_one_that_is_not_there(file, hub):
+  hub.out_of_reach = file
+  with pytest.raises(UserError, match='^hf:someone/cvt: not in the cache'):
+    pretrained.load('hf:someone/cvt')
 
 
 def test_without_huggingface_hub(monkeypatch):
