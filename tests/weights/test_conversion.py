@@ -7,8 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import sklearn.datasets
+from PIL import Image
 
 from cvt_flax import CvT, command_line, convert, convert_weights, save_pretrained
+from cvt_flax.data.images import prepare
 from cvt_flax.errors import UserError
 from cvt_flax.weights import files, parity, pretrained
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
@@ -90,15 +93,20 @@ def test_transformers_opens_the_export_and_computes_our_logits(ours, tmp_path, p
   assert_close(quick_jit(weights.model.apply)(weights.variables, images), expected)
 
 
-def test_transformers_prepares_images_as_we_do(ours, tmp_path, peer):
-  """Its own image processor needs torchvision or Pillow by version; the file says the same."""
+@pytest.mark.parametrize('steps', [Preprocessing(56, 0.875), Preprocessing(384, 0.0)], ids=str)
+def test_transformers_prepares_images_as_we_do(steps, tmp_path, peer):
+  """Of a square picture: of others it rounds an odd margin of the crop down."""
   transformers = peer('transformers')
-  convert_weights(ours(HUGGING_FACE), tmp_path / 'hf', to='huggingface')
-  config, _ = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(
-    tmp_path / 'hf'
-  )
-  assert config['image_processor_type'] == 'ConvNextImageProcessor'
-  assert (config['size'], config['crop_pct'], config['resample']) == ({'shortest_edge': 64}, 0.9, 3)
+  model = MODELS[HUGGING_FACE]
+  save_pretrained(tmp_path / 'ours', model, drawn_variables(model), (), steps)
+  convert_weights(tmp_path / 'ours', tmp_path / 'hf', to='huggingface')
+  path = pathlib.Path(sklearn.datasets.__file__).parent / 'images' / 'china.jpg'
+  picture = Image.open(path).crop((0, 0, 400, 400))
+  picture.save(tmp_path / 'square.png')
+  processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'hf')
+  theirs = processor(picture, return_tensors='np')['pixel_values'][0].transpose(1, 2, 0)
+  pixels = prepare((tmp_path / 'square.png').read_bytes(), '', steps.image_size, steps.crop_ratio)
+  np.testing.assert_allclose(theirs, (pixels / 255 - steps.mean) / steps.std, atol=1e-5)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
