@@ -73,7 +73,7 @@ def open_tensors(path: pathlib.Path) -> TensorFile:
 def _open_safetensors(path):
   try:
     file = safetensors.safe_open(path, framework='numpy')
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
   except (OSError, safetensors.SafetensorError) as e:
     raise UserError(f'{path} is damaged or truncated: {e}') from e
 

@@ -11,7 +11,7 @@ import numpy as np
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.options import resolve
-from cvt_flax.weights import architecture
+from cvt_flax.weights import architecture, huggingface_config
 from cvt_flax.weights.files import import_torch
 from cvt_flax.weights.layouts import HUGGING_FACE, OFFICIAL, VIT_PYTORCH, Layout
 
@@ -117,7 +117,7 @@ def _transformers(model):
     from transformers import CvtConfig, CvtForImageClassification
   except ImportError as e:
     raise _needed('transformers', e) from e
-  config = architecture.to_huggingface(model)
+  config = huggingface_config.from_model(model)
   keys = {k: v for k, v in config.items() if k not in ('model_type', 'architectures', 'activation')}
   # Drop path is of no account here, and theirs is indexed by stage.
   keys['drop_path_rate'] = [0.0] * len(model.embed_dims)

@@ -14,7 +14,15 @@ from flax import traverse_util
 
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import architecture, description, files, layouts, preprocessing, run_folder
+from cvt_flax.weights import (
+  architecture,
+  description,
+  files,
+  huggingface_config,
+  layouts,
+  preprocessing,
+  run_folder,
+)
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
 from cvt_flax.weights.preprocessing import Preprocessing
@@ -197,7 +205,7 @@ def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
     new.mkdir()
     files.write_safetensors(new / _SAFETENSORS, tensors, {'format': 'pt'})  # transformers asks
     names = known.class_names or tuple(f'LABEL_{i}' for i in range(known.model.num_classes))
-    config = architecture.to_huggingface(known.model) | {
+    config = huggingface_config.from_model(known.model) | {
       'id2label': description.id2label(names),
       'label2id': {name: i for i, name in enumerate(names)},
     }
@@ -268,7 +276,7 @@ def _load_folder(folder, source, model, activation, progress):
   if not classes:
     raise UserError(f'{source} has no classifier: only CvtForImageClassification can be read')
   own = config.get('activation', 'gelu')
-  given = _override(lambda: architecture.from_huggingface(config, classes, where), model, classes)
+  given = _override(lambda: huggingface_config.to_model(config, classes, where), model, classes)
   if isinstance(model, str):  # a name says nothing of it, a CvT does
     given = architecture.with_activation(given, activation or own)
   else:

@@ -7,7 +7,7 @@ import pytest
 from cvt_flax import CvT, create_model
 from cvt_flax.errors import UserError
 from cvt_flax.models.options import resolve
-from cvt_flax.weights import architecture
+from cvt_flax.weights import architecture, huggingface_config
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
 from tests.weights.models import (
   GELU_MODEL,
@@ -103,15 +103,15 @@ def test_unknown_names():
 
 @pytest.mark.parametrize('model', [create_model('cvt-13'), create_model('cvt-nano', 3), GELU_MODEL])
 def test_hugging_face_config_there_and_back(model):
-  config = json.loads(json.dumps(architecture.to_huggingface(model)))
-  found = architecture.from_huggingface(config, model.num_classes, 'config.json')
+  config = json.loads(json.dumps(huggingface_config.from_model(model)))
+  found = huggingface_config.to_model(config, model.num_classes, 'config.json')
   assert resolve(found) == resolve(model)
   assert (found.num_classes, found.pool) == (model.num_classes, model.pool)
 
 
 def test_hugging_face_config_is_what_transformers_means(peer):
   transformers = peer('transformers')
-  config = architecture.to_huggingface(create_model('cvt-13'))
+  config = huggingface_config.from_model(create_model('cvt-13'))
   ours = {k: v for k, v in config.items() if k in transformers.CvtConfig().to_dict()}
   theirs = transformers.CvtConfig(architectures=['CvtForImageClassification']).to_dict()
   theirs = json.loads(json.dumps(theirs))
@@ -122,7 +122,7 @@ def test_hugging_face_config_is_what_transformers_means(peer):
 
 def test_hugging_face_defaults():
   """A config that transformers wrote lacks what is at its default."""
-  found = architecture.from_huggingface({'model_type': 'cvt'}, 1000, 'config.json')
+  found = huggingface_config.to_model({'model_type': 'cvt'}, 1000, 'config.json')
   assert resolve(found) == resolve(create_model('cvt-13', activation='gelu'))
 
 
@@ -150,7 +150,7 @@ def test_hugging_face_defaults():
 )
 def test_hugging_face_configs_that_cannot_be_read(change, message):
   with pytest.raises(UserError, match=message):
-    architecture.from_huggingface(change, 1000, 'config.json')
+    huggingface_config.to_model(change, 1000, 'config.json')
 
 
 @pytest.mark.parametrize(
