@@ -1,7 +1,9 @@
 """What all tests share: eight CPU devices, an environment for subprocesses, peers."""
 
 import collections
+import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import pathlib
@@ -58,16 +60,61 @@ def _import_peer(name: str) -> types.ModuleType:
   if package not in PEERS:
     raise ValueError(f'peer {package!r}: not one of {", ".join(PEERS)}')
   if package not in sys.modules:
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-      if os.environ.get('CI') == 'true':
-        pytest.fail(f'{_WANTING}{package}, and CI installs every peer', pytrace=False)
-      pytest.skip(f'{_WANTING}{package}')
+    spec = _find_peer(package)
     if package == 'vit_pytorch':  # its __init__ imports torchvision, its modules do not need it
       module = types.ModuleType(package)
       module.__path__ = list(spec.submodule_search_locations)
       sys.modules[package] = module
   return importlib.import_module(name)
+
+
+def _find_peer(package: str) -> importlib.machinery.ModuleSpec:
+  """Says where a peer is, without importing it; where it is nowhere, skips or fails the test."""
+  spec = importlib.util.find_spec(package)
+  if spec is None:
+    if os.environ.get('CI') == 'true':
+      pytest.fail(f'{_WANTING}{package}, and CI installs every peer', pytrace=False)
+    pytest.skip(f'{_WANTING}{package}')
+  return spec
+
+
+@pytest.fixture(scope='session')
+def timm_file():
+  """`timm_file('data/auto_augment.py')` loads one file of the peer timm as a module of its own.
+
+  timm as a whole needs torchvision, these files but a few of its names, which are stand-ins on
+  Pillow images here. Missing is as for `peer`.
+  """
+  return functools.cache(_load_timm_file)
+
+
+def _load_timm_file(path: str) -> types.ModuleType:
+  (folder,) = _find_peer('timm').submodule_search_locations
+  name = f'timm.{path.removesuffix(".py").replace("/", ".")}'
+  spec = importlib.util.spec_from_file_location(name, pathlib.Path(folder, path))
+  module = importlib.util.module_from_spec(spec)
+  with pytest.MonkeyPatch.context() as patch:
+    for stand_in in _torchvision_stand_ins():
+      patch.setitem(sys.modules, stand_in.__name__, stand_in)
+    spec.loader.exec_module(module)
+  return module
+
+
+def _torchvision_stand_ins() -> list[types.ModuleType]:
+  """What timm's data/transforms.py asks of torchvision, and its crops need."""
+  torchvision = types.ModuleType('torchvision')
+  transforms = types.ModuleType('torchvision.transforms')
+  functional = types.ModuleType('torchvision.transforms.functional')
+  torchvision.transforms, transforms.functional = transforms, functional
+  transforms.ToTensor = object  # a base class there
+  functional.get_image_size = lambda image: image.size
+
+  def resized_crop(image, top, left, height, width, size, interpolation):
+    cropped = image.crop((left, top, left + width, top + height))
+    return cropped.resize(size[::-1], interpolation)
+
+  functional.resized_crop = resized_crop
+  return [torchvision, transforms, functional]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from cvt_flax.data.dataset import Dataset, Example, Split, wrong_label
+from cvt_flax.data.dataset import Dataset, Example, Split, sha256, wrong_label
 from cvt_flax.errors import UserError, nearest
 
 
@@ -24,6 +24,9 @@ class ArraySplit(Split):
     image = self.images[index]
     rgb = np.repeat(image, 3 // image.shape[-1], axis=-1)
     return Example(rgb, int(self.labels[index]), index, f'{self.name} #{index}')
+
+  def digest(self) -> str:
+    return sha256([str(self.images.shape), self.labels])
 
 
 def load_digits() -> Dataset:

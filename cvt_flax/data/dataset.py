@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,12 +25,15 @@ class Example:
     label: the class, from 0.
     index: the position in the source's own split; it stays the same when images are held out.
     name: where the image comes from, for error messages: a path, or 'cifar10 train #17'.
+    labels: every class that counts as right, which may be none at all; None where there is just
+      `label`.
   """
 
   image: bytes | np.ndarray
   label: int
   index: int
   name: str
+  labels: tuple[int, ...] | None = None
 
 
 class Split(abc.ABC):
@@ -37,11 +41,14 @@ class Split(abc.ABC):
 
   Attributes:
     name: what it is, for messages, as in 'cifar10 train'.
-    labels: the labels of all examples in order, int32 [N].
+    labels: the labels of all examples in order, int32 [N]. To ask a TFDS split for them is to read
+      all of it once.
+    multi_label: whether examples have `Example.labels`.
   """
 
   name: str
   labels: np.ndarray
+  multi_label: bool = False
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -59,6 +66,14 @@ class Split(abc.ABC):
   @abc.abstractmethod
   def _read(self, index: int) -> Example:
     """Returns the example at `index`, which exists."""
+
+  def digest(self) -> str:
+    """Returns a SHA-256 in hex that tells which images and labels these are, in which order.
+
+    It is another one when images are added, removed, renamed or relabelled, as far as that shows
+    without reading them; here, in the labels.
+    """
+    return sha256([self.labels])
 
   def __iter__(self) -> Iterator[Example]:
     for start in range(0, len(self), 256):
@@ -99,6 +114,13 @@ class Subset(Split):
   def labels(self) -> np.ndarray:
     return self.split.labels[self.indices]
 
+  @property
+  def multi_label(self) -> bool:
+    return self.split.multi_label
+
+  def digest(self) -> str:
+    return sha256([self.split.digest(), self.indices])
+
   def __len__(self) -> int:
     return len(self.indices)
 
@@ -107,6 +129,15 @@ class Subset(Split):
 
   def __getitems__(self, indices: Sequence[int]) -> list[Example]:
     return self.split.__getitems__(self.indices[list(indices)].tolist())
+
+
+def sha256(parts: Iterable[str | bytes | np.ndarray]) -> str:
+  """Returns the SHA-256, in hex, of texts, bytes and the contents of arrays, kept apart."""
+  digest = hashlib.sha256()
+  for part in parts:
+    data = part.encode() if isinstance(part, str) else bytes(part)
+    digest.update(len(data).to_bytes(8, 'little') + data)
+  return digest.hexdigest()
 
 
 def wrong_label(where: str, label: int, classes: int) -> UserError:

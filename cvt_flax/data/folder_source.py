@@ -1,35 +1,15 @@
 """Folders of images, one folder a class."""
 
-import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split
+from cvt_flax.data.dataset import SPLIT_NAMES, Dataset
+from cvt_flax.data.files import FileSplit, NamePacker
 from cvt_flax.errors import UserError, nearest
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm')
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FolderSplit(Split):
-  """Image files, read when asked for."""
-
-  name: str
-  paths: tuple[str, ...]
-  labels: np.ndarray
-
-  def _read(self, index: int) -> Example:
-    path = self.paths[index]
-    try:
-      data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-      raise UserError(f'cannot read {path}: {error.strerror}') from error
-    return Example(data, int(self.labels[index]), index, path)
-
-
 _FOLDER_FORMS = 'DIR/train/CLASS/image or DIR/CLASS/image'
 
 
@@ -64,17 +44,21 @@ def _list_folder(root: str) -> Dataset:
   return Dataset(os.path.basename(os.path.abspath(root)), tuple(class_names), **splits)
 
 
-def _list_split(path: str, class_names: Sequence[str], may_lack: bool) -> FolderSplit:
+def _list_split(path: str, class_names: Sequence[str], may_lack: bool) -> FileSplit:
   """Lists one split; unless `may_lack`, each class has an image."""
-  files = [_images_below(os.path.join(path, name)) for name in class_names]
-  empty = [name for name, found in zip(class_names, files, strict=True) if not found]
-  if len(empty) == len(files) or empty and not may_lack:
+  packer, counts = NamePacker(), []
+  for name in class_names:
+    found = _images_below(path, name)
+    packer.extend(found)
+    counts.append(len(found))
+  empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+  if len(empty) == len(counts) or empty and not may_lack:
     raise UserError(
       f'no images in {os.path.join(path, empty[0])}; looked for '
       f'{" ".join(IMAGE_EXTENSIONS)}, there and in the folders below it'
     )
-  labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(found) for found in files])
-  return FolderSplit(path, tuple(f for found in files for f in found), labels)
+  labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+  return FileSplit(path, path, packer.finish(), labels)
 
 
 def _split_folders(root: str) -> dict[str, str]:
@@ -105,22 +89,24 @@ def _subfolders(path: str) -> list[str]:
     return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
 
 
-def _images_below(folder: str) -> list[str]:
-  """Returns the paths of the visible images in and below `folder`, sorted; follows links."""
+def _images_below(root: str, folder: str) -> list[str]:
+  """Returns the visible images in and below root/folder, from root on, sorted; follows links."""
 
   def fail(error):
     raise error
 
-  paths, seen = [], set()
-  for where, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+  names, seen = [], set()
+  top = os.path.join(root, folder)
+  for where, folders, files in os.walk(top, followlinks=True, onerror=fail):
     folders[:] = sorted(name for name in folders if not name.startswith('.'))
     if os.path.realpath(where) in seen:  # a link that leads back up
       folders.clear()
       continue
     seen.add(os.path.realpath(where))
-    paths += [
-      os.path.join(where, name)
+    below = folder + where[len(top) :]
+    names += [
+      os.path.join(below, name)
       for name in files
       if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
     ]
-  return sorted(paths)
+  return sorted(names)

@@ -1,6 +1,7 @@
 """Where examples come from: `load` opens a source by name.
 
-A source is a TFDS data set, a folder of images, arrays in an .npz file, or scikit-learn's digits.
+A source is a TFDS data set, a folder of images, a CSV list of images, arrays in an .npz file, or
+scikit-learn's digits.
 Nothing is decoded here, and TensorFlow is never used.
 """
 
@@ -10,6 +11,7 @@ import os
 import numpy as np
 
 from cvt_flax.data.array_source import load_digits, load_npz
+from cvt_flax.data.csv_source import load_csv
 from cvt_flax.data.dataset import Dataset, Subset
 from cvt_flax.data.folder_source import load_folder
 from cvt_flax.data.tfds_source import load_tfds
@@ -27,7 +29,9 @@ def load(source: str, *, data_dir: str = '', holdout: float = 0.1, seed: int = 0
 
   Args:
     source: `tfds:NAME[:VERSION]`, `folder:DIR` (DIR/train/CLASS/image, or DIR/CLASS/image, all
-      of it train), `npz:FILE` (x_train uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], y_train
+      of it train), `csv:FILE` (a header with path and label, and split where there is more than
+      train; paths from FILE's folder on, or absolute; classes sorted by name, or by number where
+      all are numbers), `npz:FILE` (x_train uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], y_train
       integer [N], likewise _val and _test, and class_names), or `digits`.
     data_dir: where TFDS keeps its data sets; '' means $TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
@@ -47,6 +51,8 @@ def load(source: str, *, data_dir: str = '', holdout: float = 0.1, seed: int = 0
     dataset = load_tfds(where, data_dir)
   elif kind == 'folder':
     dataset = load_folder(where)
+  elif kind == 'csv':
+    dataset = load_csv(where)
   elif kind == 'npz':
     dataset = load_npz(where)
   elif source == 'digits':
@@ -66,14 +72,15 @@ def load(source: str, *, data_dir: str = '', holdout: float = 0.1, seed: int = 0
 def _unknown_source(source: str) -> UserError:
   kind, colon, _ = source.partition(':')
   if os.path.exists(os.path.expanduser(source)):
-    form = 'npz' if source.endswith('.npz') else 'folder'
+    form = next((f for f in ('csv', 'npz') if source.endswith(f'.{f}')), 'folder')
     hint = f", did you mean '{form}:{source}'?"
   elif colon:
-    hint = nearest(kind, ('tfds', 'folder', 'npz', 'digits'))
+    hint = nearest(kind, ('tfds', 'folder', 'csv', 'npz', 'digits'))
   else:
     hint = nearest(source, ('digits', 'tfds:cifar10', 'tfds:cifar100', 'tfds:imagenet2012'))
   return UserError(
-    f'unknown source {source!r} (allowed: tfds:NAME[:VERSION], folder:DIR, npz:FILE, digits){hint}'
+    f'unknown source {source!r} (allowed: tfds:NAME[:VERSION], folder:DIR, csv:FILE, npz:FILE, '
+    f'digits){hint}'
   )
 
 

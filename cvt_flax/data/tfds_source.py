@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split, wrong_label
+from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split, sha256, wrong_label
 from cvt_flax.errors import UserError, nearest
 
 # The command line of TFDS imports all of these, and they want older versions of packages that
@@ -35,15 +35,33 @@ class TfdsSplit(Split):
   """A split of a prepared TFDS data set, its images still encoded.
 
   `labels` reads the whole split once, which takes seconds for CIFAR, but minutes for ImageNet.
+
+  Attributes:
+    name: as for every split.
+    records: a TFDS data source: random access to dicts.
+    classes: how many there are.
+    label_key: the feature that is the label.
+    labels_key: the feature that lists every right class; '' where there is none.
   """
 
   name: str
-  records: typing.Any  # a TFDS data source: random access to dicts
+  records: typing.Any
   classes: int
+  label_key: str = 'label'
+  labels_key: str = ''
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
     return np.fromiter((example.label for example in self), np.int32, len(self))
+
+  @property
+  def multi_label(self) -> bool:
+    return bool(self.labels_key)
+
+  def digest(self) -> str:
+    info, split = self.records.dataset_info, self.records.split
+    # Not the bytes of the files: they depend on the library that compressed the images.
+    return sha256([info.full_name, split, str(info.splits[split].shard_lengths)])
 
   def __len__(self) -> int:
     return len(self.records)
@@ -57,7 +75,7 @@ class TfdsSplit(Split):
 
   def has_labels(self) -> bool:
     """False for the test split of a contest, whose labels are all -1."""
-    return len(self) > 0 and self._fetch(self.records.__getitem__, 0)['label'] != -1
+    return len(self) > 0 and self._fetch(self.records.__getitem__, 0)[self.label_key] != -1
 
   def _fetch(self, fetch, where):
     try:
@@ -66,10 +84,13 @@ class TfdsSplit(Split):
       raise UserError(f'cannot read {self.name}: {error}; prepare it again') from error
 
   def _example(self, index: int, record: dict[str, typing.Any]) -> Example:
-    name, label = f'{self.name} #{index}', int(record['label'])
-    if not 0 <= label < self.classes:
-      raise wrong_label(name, label, self.classes)
-    return Example(record['image'], label, int(index), name)
+    name, label, labels = f'{self.name} #{index}', int(record[self.label_key]), None
+    if self.multi_label:
+      labels = tuple(int(cls) for cls in record[self.labels_key])
+    for cls in (label, *(labels or ())):
+      if not 0 <= cls < self.classes:
+        raise wrong_label(name, cls, self.classes)
+    return Example(record['image'], label, int(index), name, labels)
 
 
 def load_tfds(name: str, data_dir: str) -> Dataset:
@@ -95,15 +116,13 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
       '--out_file_format=array_record'
     )
   features = dict(builder.info.features.items())
-  if not (
-    isinstance(features.get('image'), tfds.features.Image)
-    and isinstance(features.get('label'), tfds.features.ClassLabel)
-  ):
+  keys = _label_keys(features)
+  if keys is None or not isinstance(features.get('image'), tfds.features.Image):
     found = ', '.join(sorted(f'{key} ({type(f).__name__})' for key, f in features.items()))
     raise UserError(
       f'tfds:{name} is not made of image (Image) and label (ClassLabel); it has {found}'
     )
-  class_names = tuple(features['label'].names)
+  class_names = tuple(features[keys[0]].names)
   splits = {}
   for split, aliases in SPLIT_NAMES.items():
     name_there = next((alias for alias in aliases if alias in builder.info.splits), None)
@@ -111,7 +130,7 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
       records = builder.as_data_source(
         split=name_there, decoders={'image': tfds.decode.SkipDecoding()}
       )
-      splits[split] = TfdsSplit(f'{builder.name} {name_there}', records, len(class_names))
+      splits[split] = TfdsSplit(f'{builder.name} {name_there}', records, len(class_names), *keys)
   if 'test' in splits and not splits['test'].has_labels():
     del splits['test']
   if not splits:
@@ -120,6 +139,21 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
       f'{", ".join(builder.info.splits)}'
     )
   return Dataset(builder.name, class_names, **splits)
+
+
+def _label_keys(features: dict) -> tuple[str, str] | None:
+  """Returns `label_key` and `labels_key` of a `TfdsSplit`; None for what is not classification."""
+  import tensorflow_datasets as tfds
+
+  def is_class(feature):
+    return isinstance(feature, tfds.features.ClassLabel)
+
+  if is_class(features.get('label')):
+    return 'label', ''
+  real = features.get('real_label')  # imagenet2012_real
+  if is_class(features.get('original_label')) and is_class(getattr(real, 'feature', None)):
+    return 'original_label', 'real_label'
+  return None
 
 
 def _tfds_builder(name: str, root: str):

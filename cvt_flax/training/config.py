@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import ml_collections
 
+from cvt_flax.data.augment import RandAugment
 from cvt_flax.errors import UserError, nearest
 
 
@@ -56,8 +57,27 @@ _MOVING = (
 )
 _TFDS = (lambda c: c.source.startswith('tfds:'), 'source is tfds:NAME')
 _ENCODED = (
-  lambda c: c.source.startswith(('tfds:', 'folder:')),
-  'source is tfds:NAME or folder:DIR, whose images have to be decoded',
+  lambda c: c.source.startswith(('tfds:', 'folder:', 'csv:')),
+  'source is tfds:NAME, folder:DIR or csv:FILE, whose images have to be decoded',
+)
+_NO_STEPS = (lambda c: not c.steps, 'steps is 0')
+_RESIDENT = (lambda c: c.engine == 'resident', 'engine is resident')
+_STREAM = (lambda c: c.engine == 'stream', 'engine is stream')
+_RANDOM_CROP = (
+  lambda c: c.engine == 'stream' and c.augment.crop_scale,
+  'engine is stream and augment.crop_scale is given',
+)
+_MARGIN = (
+  lambda c: c.engine == 'stream' and not c.augment.crop_scale,
+  'engine is stream and augment.crop_scale is ()',
+)
+_ANY_CROP = (
+  lambda c: c.engine == 'stream' and (c.augment.crop_scale or c.augment.crop_margin),
+  'engine is stream and augment.crop_scale or augment.crop_margin is given',
+)
+_JITTER = (  # timm takes one or the other
+  lambda c: c.engine == 'stream' and not c.augment.rand_augment,
+  "engine is stream and augment.rand_augment is ''",
 )
 _WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')
 
@@ -144,9 +164,49 @@ class OptimizerConfig:
 class AugmentConfig:
   """What happens to training images and labels."""
 
-  crop_padding: int = key(0, 'pad by so many black pixels, then crop back at random', low=0)
+  crop_padding: int = key(
+    0, 'pad by so many black pixels, then crop back at random', low=0, used=_RESIDENT
+  )
+  crop_scale: tuple[float, ...] = key(
+    (),
+    'least and greatest share of the area that a random crop keeps; (): no random resized crop',
+    low=0.01,
+    high=1.0,
+    used=_STREAM,
+  )
+  crop_aspect: tuple[float, ...] = key(
+    (3 / 4, 4 / 3),
+    'least and greatest width / height of a random crop',
+    low=0.1,
+    high=10.0,
+    used=_RANDOM_CROP,
+  )
+  crop_margin: int = key(
+    0, 'squash to image_size and so many pixels more, then crop at random', low=0, used=_MARGIN
+  )
+  interpolation: str = key(
+    'bicubic',
+    'of random crops; evaluation is bicubic',
+    allowed=('bicubic', 'bilinear'),
+    used=_ANY_CROP,
+  )
   flip: bool = key(False, 'mirror half of the images')
-  trivial_augment: bool = key(False, 'TrivialAugmentWide: one random operation an image')
+  rand_augment: str = key('', "as timm writes it, 'rand-m9-mstd0.5-inc1'; '': none", used=_STREAM)
+  color_jitter: tuple[float, ...] = key(
+    (),
+    'most that brightness, contrast, saturation and, if a fourth is given, hue change; (): off',
+    low=0.0,
+    used=_JITTER,
+  )
+  trivial_augment: bool = key(
+    False, 'TrivialAugmentWide: one random operation an image', used=_RESIDENT
+  )
+  repeats: int = key(
+    1,
+    'times that an image comes in an epoch, of a share of the images as small',
+    low=1,
+    used=_STREAM,
+  )
   mixup: float = key(0.0, 'alpha of Mixup; 0: off', low=0.0)
   cutmix: float = key(0.0, 'alpha of CutMix; 0: off', low=0.0)
   mix_prob: float = key(
@@ -172,6 +232,21 @@ class EvalConfig:
     'share of train (at most 5,000 images) to validate on where a source brings no split; 0: none',
     low=0.0,
     high=0.5,
+  )
+  sets: tuple[str, ...] = key(
+    (), "sources that the best checkpoint is scored on too, 'tfds:imagenet_v2' for example"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+  """The streaming engine."""
+
+  workers: int = key(
+    0,
+    'processes that decode, on every host; 0: threads, or processes where cores are many',
+    low=0,
+    used=_STREAM,
   )
 
 
@@ -199,7 +274,12 @@ class TrainConfig:
     '', 'weights to start from: a .pth file, a folder of weights, hf:NAME or a run folder'
   )
   seed: int = key(0, 'of everything that is random', low=0, high=2**32 - 1)
-  source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, npz:FILE or digits')
+  source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, csv:FILE, npz:FILE or digits')
+  engine: str = key(
+    'resident',
+    'resident: images lie decoded on the devices; stream: they are read and decoded as they come',
+    allowed=('resident', 'stream'),
+  )
   data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=_TFDS)
   skip_unreadable: bool = key(
     False, 'leave out images that cannot be decoded, and count them', used=_ENCODED
@@ -213,7 +293,8 @@ class TrainConfig:
   )
   std: tuple[float, ...] = key((0.229, 0.224, 0.225), 'of the pixels, 0 to 1, a channel', low=1e-6)
   batch_size: int = key(128, 'images a step, over all devices', low=1)
-  epochs: int = key(10, 'passes over the training images', low=1)
+  epochs: int = key(10, 'passes over the training images', low=1, used=_NO_STEPS)
+  steps: int = key(0, 'batches to train on, in place of epochs; 0: epochs', low=0)
   learning_rate: float = key(
     1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0
   )
@@ -224,6 +305,7 @@ class TrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   augment: AugmentConfig = AugmentConfig()
   eval: EvalConfig = EvalConfig()
+  stream: StreamConfig = StreamConfig()
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -345,7 +427,7 @@ def _check_value(name, field, value):
 
 def _check_source(c: TrainConfig):
   if not c.source:
-    raise UserError("source='': tfds:NAME, folder:DIR, npz:FILE or digits is needed")
+    raise UserError("source='': tfds:NAME, folder:DIR, csv:FILE, npz:FILE or digits is needed")
 
 
 def _check_channels(c: TrainConfig):
@@ -359,8 +441,32 @@ def _check_crop(c: TrainConfig):
     raise UserError(f'crop_ratio={c.crop_ratio}: from 0.1 to 1, or 0 to squash, is needed')
 
 
+def _check_random_crop(c: TrainConfig):
+  a = c.augment
+  for name, pair in (('crop_scale', a.crop_scale), ('crop_aspect', a.crop_aspect)):
+    if pair and (len(pair) != 2 or pair[0] > pair[1]):
+      raise UserError(f'augment.{name}={pair!r}: a least and a greatest are needed')
+  if a.color_jitter and (len(a.color_jitter) not in (3, 4) or a.color_jitter[3:] > (0.5,)):
+    raise UserError(
+      f'augment.color_jitter={a.color_jitter!r}: three numbers are needed, and a hue up to 0.5'
+    )
+
+
+def _check_rand_augment(c: TrainConfig):
+  if c.augment.rand_augment:
+    try:
+      RandAugment.parse(c.augment.rand_augment)
+    except UserError as e:
+      raise UserError(f'augment.rand_augment: {e}') from e
+
+
+def _check_repeats(c: TrainConfig):
+  if c.augment.repeats > c.batch_size:
+    raise UserError(f'augment.repeats={c.augment.repeats}: at most batch_size={c.batch_size}')
+
+
 def _check_warmup(c: TrainConfig):
-  if c.optimizer.warmup_epochs >= c.epochs:
+  if not c.steps and c.optimizer.warmup_epochs >= c.epochs:
     raise UserError(
       f'optimizer.warmup_epochs={c.optimizer.warmup_epochs}: fewer than the {c.epochs} epochs of '
       'the run are needed'
@@ -373,7 +479,7 @@ def _check_milestones(c: TrainConfig):
     raise UserError('optimizer.milestones=(): a multistep schedule needs at least one')
   if list(milestones) != sorted(set(milestones)):
     raise UserError(f'optimizer.milestones={milestones!r}: rising epochs are needed')
-  if milestones and milestones[-1] >= c.epochs:
+  if milestones and not c.steps and milestones[-1] >= c.epochs:
     raise UserError(
       f'optimizer.milestones={milestones!r}: epochs before the end, at {c.epochs}, are needed'
     )
@@ -411,6 +517,9 @@ _CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_source,
   _check_channels,
   _check_crop,
+  _check_random_crop,
+  _check_rand_augment,
+  _check_repeats,
   _check_warmup,
   _check_milestones,
   _check_decays,

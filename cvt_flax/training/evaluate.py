@@ -6,6 +6,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import metrics
 
@@ -47,24 +48,57 @@ class EvalMetrics(metrics.Collection):
   per_class: PerClass
 
 
+@flax.struct.dataclass
+class MultiLabelMetrics(metrics.Collection):
+  """Means over the images that have a label at all: an image may have several right classes.
+
+  There is no loss, which takes one label, and no share by class, of which an image has many.
+  """
+
+  top1: metrics.Average.from_output('top1')
+  top5: metrics.Average.from_output('top5')
+
+
 def make_eval_step(
-  model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[dict, dict], EvalMetrics]:
-  """Returns eval_step(variables, batch) -> EvalMetrics of that batch.
+  model: nn.Module,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  classes: np.ndarray | None = None,
+) -> Callable[[dict, dict], EvalMetrics | MultiLabelMetrics]:
+  """Returns eval_step(variables, batch) -> the metrics of that batch.
 
   The batch holds 'image' uint8 [b h w 3], 'label' int32 [b] and 'mask' float32 [b], 0 for padding.
   With fewer than five classes top-5 is over all of them.
+
+  Where it holds 'labels' too, bool [b k], these are every class that is right for an image. It is
+  a hit at five when one of them is among the best five; images without any do not count.
+
+  Args:
+    model: whose `num_classes` is k.
+    mean, std: of the pixels, 0 to 1, a channel.
+    classes: bool [k], the classes that compete; the others are as if the model did not have them.
+      None: all. Every label is one that competes.
   """
 
   def eval_step(variables, batch):
     logits = model.apply(variables, normalize_pixels(batch['image'], mean, std))
+    if classes is not None:
+      logits = jnp.where(classes, logits, -jnp.inf)
+    best = jax.lax.top_k(logits, min(5, model.num_classes))[1]
+    if 'labels' in batch:
+      hits = jnp.take_along_axis(batch['labels'], best, axis=1)
+      return MultiLabelMetrics.single_from_model_output(
+        top1=hits[:, 0],
+        top5=jnp.any(hits, axis=1),
+        mask=batch['mask'] * jnp.any(batch['labels'], axis=1),
+      )
     labels = batch['label']
-    top = jax.lax.top_k(logits, min(5, model.num_classes))[1] == labels[:, None]
+    hits = best == labels[:, None]
     return EvalMetrics.single_from_model_output(
       loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-      top1=top[:, 0],
-      top5=jnp.any(top, axis=1),
-      correct=top[:, 0],
+      top1=hits[:, 0],
+      top5=jnp.any(hits, axis=1),
+      correct=hits[:, 0],
       labels=labels,
       mask=batch['mask'],
       num_classes=model.num_classes,
@@ -73,11 +107,12 @@ def make_eval_step(
   return eval_step
 
 
-def evaluate(batch_metrics: Iterable[EvalMetrics]) -> dict:
+def evaluate(batch_metrics: Iterable[EvalMetrics | MultiLabelMetrics]) -> dict:
   """Returns {'loss', 'top1', 'top5', 'images', 'per_class'} over all batches.
 
   Fractions are from 0 to 1; 'images' is how many were counted, 'per_class' a list with one share a
-  class, None for a class without images. Without a batch the result is {}.
+  class, None for a class without images. Where images have several labels, 'loss' and 'per_class'
+  are left out. Without a batch the result is {}.
   """
   total = None
   for metrics_of_batch in batch_metrics:
@@ -85,15 +120,18 @@ def evaluate(batch_metrics: Iterable[EvalMetrics]) -> dict:
   if total is None:
     return {}
   total = jax.device_get(total)
-  counts = total.per_class.count
-  return {
-    'loss': float(total.loss.total / total.loss.count),
+  result = {
     'top1': float(total.top1.total / total.top1.count),
     'top5': float(total.top5.total / total.top5.count),
-    'images': int(counts.sum()),
-    'per_class': [
-      float(h / n) if n else None for h, n in zip(total.per_class.hits, counts, strict=True)
-    ],
+    'images': int(total.top1.count),
+  }
+  if isinstance(total, MultiLabelMetrics):
+    return result
+  shares = zip(total.per_class.hits, total.per_class.count, strict=True)
+  return {
+    'loss': float(total.loss.total / total.loss.count),
+    **result,
+    'per_class': [float(hits / count) if count else None for hits, count in shares],
   }
 
 

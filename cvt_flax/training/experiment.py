@@ -26,6 +26,8 @@ _FREE = (
   'epochs',
   'eval.every_epochs',
   'eval.batch_size',
+  'eval.sets',
+  'stream.workers',
 )
 _FREE_GROUPS = ('mesh.', 'checkpoint.')
 # What may differ besides when a run is only evaluated.

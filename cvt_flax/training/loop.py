@@ -88,12 +88,14 @@ def _train(config, folder):
     writer = MetricWriter(folder, start, config.tensorboard)
     stack.callback(writer.close)
     signals = stack.enter_context(Signals())
-    _take_steps(training, state, start, checkpoints, writer, signals)
+    feed = training.engine.feed_training(training.train_data, start, training.total_steps)
+    with contextlib.closing(feed):
+      _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
     return _report(training, _with_validation(values, metrics))
 
 
-def _take_steps(training, state, start, checkpoints, writer, signals):
+def _take_steps(training, state, start, feed, checkpoints, writer, signals):
   """Takes all steps that are left, with their metrics, evaluations and checkpoints."""
   config, progress = training.config, training.progress
   # Losses of steps that the devices may still be at.
@@ -138,7 +140,7 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
 
   def validate(step):
     """Evaluates and saves; False when a signal came in between."""
-    metrics = training.evaluate(state.variables, training.val_arrays, signals)
+    metrics = training.evaluate(state.variables, training.val_data, signals)
     if metrics is None:
       return False
     if not math.isfinite(metrics['loss']):
@@ -164,13 +166,9 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
   if start and training.eval_is_due(start) and not evaluated and not validate(start):
     raise interrupted(start)
 
-  order = None
-  for step in range(start, training.total_steps):
-    epoch, position = divmod(step, training.steps_per_epoch)
-    if order is None or position == 0:
-      order = training.order(epoch)
+  for step, fed in enumerate(feed, start):
     began = time.perf_counter()
-    state, loss = training.step(state, training.train_arrays, order)
+    state, loss = training.step(state, *fed)
     done = step + 1
     pending.append((done, loss))
     settle(_STEPS_AHEAD if step > start else 0)
@@ -201,13 +199,13 @@ def _take_steps(training, state, start, checkpoints, writer, signals):
 def _finish(training, checkpoints, writer, signals):
   """Reports the best checkpoint: on the test split, which is read here for the only time."""
   values = {'checkpoint': checkpoints.best_step()}
-  test = training.dataset.test
-  if test is not None:
-    metrics = training.evaluate(training.restore_best(checkpoints), training.read(test), signals)
-    if metrics is None:
-      raise signals.interruption('the same command goes on with the evaluation of test')
-    values |= {f'test/{name}': value for name, value in metrics.items()}
-  writer.write(training.total_steps, training.config.epochs, values)
+  if training.dataset.test or training.sets:
+    splits = {'test': training.dataset.test}
+    variables = training.restore_best(checkpoints)
+    values |= _evaluate_splits(
+      training, variables, splits, signals, 'the same command goes on with the last evaluation'
+    )
+  writer.write(training.total_steps, training.total_steps / training.steps_per_epoch, values)
   return values
 
 
@@ -233,47 +231,58 @@ def _evaluate_run(config, folder):
       raise UserError(f'{folder} holds no checkpoint yet')
     variables = context.restore_best(checkpoints)
     elsewhere = config.source != context.saved.config.source
-    values = _evaluate_splits(context, variables, signals, elsewhere)
+    values = _evaluate_all(context, variables, signals, elsewhere)
     return _report(context, values | {'checkpoint': step})
 
 
 def _evaluate_weights(config, folder):
   context = Setup(config, folder, evaluation=True, weights=True)
   with Signals() as signals:
-    values = _evaluate_splits(context, context.variables_of_weights(), signals, elsewhere=True)
+    values = _evaluate_all(context, context.variables_of_weights(), signals, elsewhere=True)
   return _report(context, values)
 
 
-def _evaluate_splits(context, variables, signals, elsewhere):
+def _evaluate_all(context, variables, signals, elsewhere):
   """Returns the metrics of validation and test; elsewhere of train, where it is all there is."""
-  values = {}
   splits = {'val': context.dataset.validation, 'test': context.dataset.test}
   if not any(splits.values()) and elsewhere:
     splits = {'test': context.dataset.train}  # other images than the run's, all of one split
-  for name, split in splits.items():
-    if split is None:
-      continue
-    metrics = context.evaluate(variables, context.read(split), signals)
-    if metrics is None:
-      raise signals.interruption('the evaluation is not finished')
-    values |= {f'{name}/{key}': value for key, value in metrics.items()}
+  values = _evaluate_splits(context, variables, splits, signals, 'the evaluation is not finished')
   if not values:
     source = context.config.source
     raise UserError(f'{source} has neither a validation nor a test split to evaluate')
   return values
 
 
+def _evaluate_splits(context, variables, splits, signals, unfinished):
+  """Returns the metrics of the splits that are there and of config.eval.sets.
+
+  Raises:
+    Interrupted: a signal came; the message is `unfinished`.
+  """
+  values = {}
+  for name, split in splits.items():
+    if split is None:
+      continue
+    metrics = context.evaluate(variables, context.engine.open(split), signals)
+    if metrics is None:
+      raise signals.interruption(unfinished)
+    values |= {f'{name}/{key}': value for key, value in metrics.items()}
+  metrics = context.evaluate_sets(variables, signals)
+  if metrics is None:
+    raise signals.interruption(unfinished)
+  return values | metrics
+
+
 def _report(context, values):
   """Prints final metrics and returns them."""
   of = f'checkpoint of step {values["checkpoint"]}' if 'checkpoint' in values else 'these weights'
-  for name in ('val', 'test'):
+  for name in ('val', 'test', *(each.name for each in context.sets)):
     if f'{name}/top1' in values:
-      top1, top5, loss, images = (
-        values[f'{name}/{metric}'] for metric in ('top1', 'top5', 'loss', 'images')
-      )
-      print(
-        f'{name}: top-1 {top1:.4f}  top-5 {top5:.4f}  loss {loss:.4f}  on {images:,} images ({of})'
-      )
+      words = [f'top-1 {values[f"{name}/top1"]:.4f}', f'top-5 {values[f"{name}/top5"]:.4f}']
+      if f'{name}/loss' in values:  # images with several labels have none
+        words.append(f'loss {values[f"{name}/loss"]:.4f}')
+      print(f'{name}: {"  ".join(words)}  on {values[f"{name}/images"]:,} images ({of})')
   if 'test/top1' not in values:
     print(f'{context.config.source} has no labelled test split')
   if context.config.closing_note:

@@ -16,11 +16,11 @@ def peak_learning_rate(config: OptimizerConfig, learning_rate: float, batch_size
 
 
 def make_schedule(
-  config: OptimizerConfig, peak: float, epochs: int, steps_per_epoch: int
+  config: OptimizerConfig, peak: float, total_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
   """Returns the learning rate as a function of the step.
 
-  The cosine runs over all epochs, the warm-up's included, and the warm-up replaces its beginning,
+  The cosine runs over all steps, the warm-up's included, and the warm-up replaces its beginning,
   as timm's CosineLRScheduler does without warmup_prefix.
 
   Raises:
@@ -33,7 +33,7 @@ def make_schedule(
   match config.schedule:
     case 'cosine':
       floor = config.min_learning_rate / peak if peak else 0.0
-      after = optax.cosine_decay_schedule(peak, epochs * steps_per_epoch, alpha=floor)
+      after = optax.cosine_decay_schedule(peak, total_steps, alpha=floor)
     case 'constant':
       after = optax.constant_schedule(peak)
     case 'multistep':

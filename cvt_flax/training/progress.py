@@ -57,7 +57,7 @@ class Progress:
 
   def _line(self, step, loss):
     words = [
-      f'epoch {step / self._per_epoch:.2f}/{self._total // self._per_epoch}',
+      f'epoch {step / self._per_epoch:.2f}/{self._total / self._per_epoch:.4g}',
       f'step {step}/{self._total}',
       f'loss {loss:.4f}',
     ]

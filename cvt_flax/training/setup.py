@@ -1,15 +1,16 @@
 """What a run works with: mesh, data on the devices, model, jitted functions."""
 
+import contextlib
 import dataclasses
-import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
 from flax import traverse_util
 
-from cvt_flax.data import dataset, resident, sources
+from cvt_flax.data import evaluation_sets, sources
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.geometry import multiply_adds, stage_geometry
@@ -17,6 +18,7 @@ from cvt_flax.models.zoo import create_model
 from cvt_flax.training import experiment, hardware, initialize, sharding
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
+from cvt_flax.training.engines import ENGINES, Streaming
 from cvt_flax.training.evaluate import evaluate, make_eval_step
 from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
 from cvt_flax.training.progress import Progress
@@ -94,45 +96,55 @@ class Setup:
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
     self.description = Description(self.model, self.dataset.class_names, steps)
 
-    eval_step = make_eval_step(self.model, config.mean, config.std)
+    self.engine = ENGINES[config.engine](config, self.mesh)
+    self._eval_step = self._jitted_evaluation(self.engine)
+    self.sets = self._open_sets()
 
-    def eval_at(variables, arrays, position):
-      batch = resident.eval_batch(arrays, position, batch_size=self.eval_batch_size)
-      return eval_step(variables, self._split(batch))
+  def _open_sets(self) -> list[evaluation_sets.EvaluationSet]:
+    config, names = self.config, [evaluation_sets.set_name(s) for s in self.config.eval.sets]
+    for name in names:
+      if name in ('train', 'val', 'test') or names.count(name) > 1:
+        raise UserError(f'eval.sets={config.eval.sets!r}: {name!r} names other metrics as well')
+    return [
+      evaluation_sets.load(s, data_dir=config.data_dir, class_names=self.dataset.class_names)
+      for s in config.eval.sets
+    ]
 
-    self._eval_at = jax.jit(eval_at, out_shardings=self.replicated)
+  def _jitted_evaluation(self, engine, classes=None):
+    """Returns the jitted (variables, what the engine feeds) -> metrics of a batch."""
+    eval_step = make_eval_step(self.model, self.config.mean, self.config.std, classes)
 
-  def _split(self, batch):
-    return jax.lax.with_sharding_constraint(batch, sharding.split_batch(self.mesh))
+    def step(variables, *fed):
+      return eval_step(variables, engine.eval_batch(self.eval_batch_size, *fed))
 
-  def read(self, split: dataset.Split) -> resident.Arrays:
-    """Returns a split, decoded, on every device."""
-    arrays, skipped = resident.read_arrays(
-      split,
-      self.config.image_size,
-      crop_ratio=self.config.crop_ratio,
-      skip_unreadable=self.config.skip_unreadable,
-    )
-    if skipped:
-      print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
-    memory = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
-    if arrays.image.nbytes > memory:
-      raise UserError(
-        f'{split.name}: {arrays.image.nbytes / 2**30:.1f} GiB of images do not fit into the '
-        f'{memory / 2**30:.1f} GiB of a device: make the images smaller, or use fewer'
-      )
-    return jax.device_put(arrays, self.replicated)
+    return jax.jit(step, out_shardings=self.replicated)
 
-  def evaluate(self, variables: dict, arrays: resident.Arrays, signals: Signals) -> dict | None:
-    """Returns the metrics of a split; None when a signal came in between."""
+  def evaluate(self, variables: dict, data: Any, signals: Signals) -> dict | None:
+    """Returns the metrics of a split that the engine has opened; None when a signal came."""
+    feed = self.engine.feed_evaluation(data, self.eval_batch_size)
+    return self._evaluate(variables, feed, signals, self._eval_step)
 
+  def evaluate_sets(self, variables: dict, signals: Signals) -> dict | None:
+    """Returns the metrics of config.eval.sets, {'NAME/top1': ...}; None when a signal came."""
+    values, engine = {}, Streaming(self.config, self.mesh)  # they are read once
+    for each in self.sets:
+      step = self._jitted_evaluation(engine, each.classes)
+      feed = engine.feed_evaluation(each.split, self.eval_batch_size, self.model.num_classes)
+      metrics = self._evaluate(variables, feed, signals, step)
+      if metrics is None:
+        return None
+      values |= {f'{each.name}/{name}': value for name, value in metrics.items()}
+    return values
+
+  def _evaluate(self, variables, feed, signals, step):
     def batches():
-      for position in range(math.ceil(len(arrays.label) / self.eval_batch_size)):
+      for fed in feed:
         if signals.received:
           return
-        yield self._eval_at(variables, arrays, position)
+        yield step(variables, *fed)
 
-    metrics = evaluate(batches())
+    with contextlib.closing(feed):
+      metrics = evaluate(batches())
     return None if signals.received else metrics
 
   def variables_of_weights(self) -> dict:
@@ -170,22 +182,24 @@ class TrainingSetup(Setup):
     _check_attention(self.model, config.image_size)
     # Before anything is written, so that weights that do not fit leave no run folder.
     self.initial = self._read_weights() if config.init_from and not self.saved else None
-    self.train_arrays = self.read(train)
-    images = len(self.train_arrays.label)
+    self.train_data = self.engine.open(train)
+    images = self.engine.count(self.train_data)
     self.steps_per_epoch = images // config.batch_size
     if not self.steps_per_epoch:
       raise UserError(f'batch_size={config.batch_size}: {config.source} has only {images} images')
-    self.total_steps = self.steps_per_epoch * config.epochs
-    self.val_arrays = self.read(self.dataset.validation) if self.dataset.validation else None
-    used = (self.train_arrays, self.val_arrays)
-    data = experiment.digest(*(x for a in used if a for x in (a.label, a.index)))
+    self.total_steps = config.steps or self.steps_per_epoch * config.epochs
+    self._check_schedule()
+    validation = self.dataset.validation
+    self.val_data = None if validation is None else self.engine.open(validation)
+    used = (self.train_data,) if validation is None else (self.train_data, self.val_data)
+    data = '+'.join(self.engine.digest(d) for d in used)
     self.experiment = experiment.Experiment(config, self.dataset.class_names, data)
     if self.saved:
       experiment.check_data(folder, self.saved, self.experiment)
 
     c = config.optimizer
     peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
-    schedule = make_schedule(c, peak, config.epochs, self.steps_per_epoch)
+    schedule = make_schedule(c, peak, self.total_steps, self.steps_per_epoch)
     tx = make_optimizer(c, schedule)
     train_step = make_train_step(
       self.model,
@@ -198,28 +212,11 @@ class TrainingSetup(Setup):
       ema_decay=c.ema_decay,
       accumulate_steps=c.accumulate_steps,
     )
-    augment = resident.Augment(
-      config.augment.crop_padding, config.augment.flip, config.augment.trivial_augment
-    )
 
-    def train_at(state, arrays, order):
-      epoch, position = jnp.divmod(state.step, self.steps_per_epoch)
-      batch = resident.train_batch(
-        arrays,
-        order,
-        position,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        augment=augment,
-      )
-      return train_step(state, self._split(batch))
+    def step(state, *fed):
+      return train_step(state, self.engine.train_batch(state.step, *fed))
 
-    self.step = jax.jit(train_at, donate_argnums=0, out_shardings=self.replicated)
-    self.order = jax.jit(
-      lambda epoch: resident.epoch_order(config.seed, epoch, images),
-      out_shardings=self.replicated,
-    )
+    self.step = jax.jit(step, donate_argnums=0, out_shardings=self.replicated)
     # It runs once, and to optimise the many draws of random numbers would take the CPU's compiler
     # as long as the training step does.
     quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
@@ -252,6 +249,17 @@ class TrainingSetup(Setup):
       new_head=True,
     )
 
+  def _check_schedule(self):
+    """Checks what only the length of an epoch can tell, where the run is given in steps."""
+    c, epochs = self.config.optimizer, self.total_steps / self.steps_per_epoch
+    ends = {'warmup_epochs': c.warmup_epochs, 'milestones': max(c.milestones, default=0)}
+    for name, last in ends.items():
+      if last >= epochs:
+        raise UserError(
+          f'optimizer.{name} goes up to epoch {last:g}, but steps={self.total_steps} are '
+          f'{epochs:.2f} epochs of {self.steps_per_epoch} steps'
+        )
+
   def _check_validation(self):
     c, d, default = self.config, self.dataset, EvalConfig()
     if d.validation is None and c.eval.every_epochs != default.every_epochs:
@@ -277,14 +285,13 @@ class TrainingSetup(Setup):
       f'model {c.model.name}: {count:,} parameters, {cost / 1e6:,.1f} M multiply-adds an image of '
       f'{c.image_size}x{c.image_size}'
     )
-    print(f'run folder {self.folder}: {c.epochs} epochs of {self.steps_per_epoch} steps')
+    epochs = f'{self.total_steps / self.steps_per_epoch:.4g}'
+    print(f'run folder {self.folder}: {epochs} epochs of {self.steps_per_epoch} steps')
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     (self.folder / 'parameters.txt').write_text(overview + '\n')
 
   def eval_is_due(self, step: int) -> bool:
     epoch, rest = divmod(step, self.steps_per_epoch)
-    return (
-      self.val_arrays is not None
-      and not rest
-      and (epoch % self.config.eval.every_epochs == 0 or epoch == self.config.epochs)
+    return self.val_data is not None and (
+      step == self.total_steps or not rest and epoch % self.config.eval.every_epochs == 0
     )

@@ -1,6 +1,11 @@
 """The mesh of devices, and which arrays are split over it."""
 
+import collections
+import contextlib
+from collections.abc import Generator, Iterator
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cvt_flax.errors import UserError
@@ -41,3 +46,25 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
       f'{name}={batch_size} does not divide over {devices} devices: {near} would, '
       'or fewer devices with --config.mesh.data=N'
     )
+
+
+def prefetch(
+  batches: Generator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+  """Yields batches on the devices; the copies run while earlier batches are computed with.
+
+  Args:
+    batches: this process's part of each batch, arrays of equal length; closed in the end.
+    mesh: the batch is split over its 'data' axis.
+    ahead: how many batches lie on the devices before they are asked for.
+  """
+  sharding = split_batch(mesh)
+  queue = collections.deque()
+  with contextlib.closing(batches):
+    for batch in batches:
+      queue.append(
+        {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+      )
+      if len(queue) > ahead:
+        yield queue.popleft()
+    yield from queue

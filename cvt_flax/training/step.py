@@ -90,9 +90,10 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch) -> (state, loss).
 
-  The batch holds 'image' uint8 [b h w 3] and 'label' int32 [b]. The step normalises, erases and
-  mixes, averages the gradient over `accumulate_steps` microbatches and updates parameters, running
-  statistics, optimizer, averages and metrics. It is meant to be jitted with the state donated.
+  The batch holds 'image' uint8 [b h w 3], 'label' int32 [b] and 'mask' float32 [b], 0 where an
+  image is missing. The step normalises, erases and mixes, averages the gradient over
+  `accumulate_steps` microbatches and updates parameters, running statistics, optimizer, averages
+  and metrics. It is meant to be jitted with the state donated.
   """
   groups = model.bn_group_size
 
@@ -100,6 +101,7 @@ def make_train_step(
     """Returns the images, float32 [b h w 3], and the targets, [b k] rows that sum to 1."""
     images = normalize_pixels(batch['image'], mean, std)
     targets = smoothed_targets(batch['label'], model.num_classes, augment.label_smoothing)
+    targets *= batch['mask'][:, None]  # no loss where there is no image
     erase_key, mix_key = jax.random.split(stream_key(seed, Stream.MIXING, step))
     if augment.erase_prob:
       images = random_erase(erase_key, images, prob=augment.erase_prob)

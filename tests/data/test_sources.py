@@ -50,8 +50,9 @@ def test_unknown_source(source, hint):
 
 def test_a_path_without_its_kind(tmp_path):
   assert error_of(str(tmp_path)).endswith(f"did you mean 'folder:{tmp_path}'?")
-  (tmp_path / 'x.npz').touch()
-  assert error_of(f'{tmp_path}/x.npz').endswith(f"did you mean 'npz:{tmp_path}/x.npz'?")
+  for kind in ('npz', 'csv'):
+    (tmp_path / f'x.{kind}').touch()
+    assert error_of(f'{tmp_path}/x.{kind}').endswith(f"did you mean '{kind}:{tmp_path}/x.{kind}'?")
 
 
 @pytest.mark.parametrize('holdout', [-0.1, 0.51, float('nan')])
@@ -343,12 +344,99 @@ def test_folders_without_images(tmp_path):
   assert error_of(source).startswith(f'no images in {tmp_path}/test/a; looked for')
 
 
+def test_names_that_are_not_utf8(tmp_path):
+  odd = os.fsdecode(b'b/caf\xe9.png')
+  source = make_folder(tmp_path, 'a/1.png', 'b/2.png')
+  os.rename(tmp_path / 'b/2.png', tmp_path / odd)
+  train = pickle.loads(pickle.dumps(sources.load(source, holdout=0).train))
+  assert train[1].name == f'{tmp_path}/{odd}'
+  assert pixels_of(train[1])[0, 0].tolist() == [1, 0, 0]
+
+
+def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
+  """14 million images, and a copy of the split in every process that reads."""
+  for name in ('n01440764', 'n01443537'):
+    (tmp_path / name).mkdir()
+  files = {f'{tmp_path}/n0144{c}': [f'n0144{c}_{i * 7919 % 30011}.JPEG' for i in range(5_000)]
+           for c in ('0764', '3537')}
+  monkeypatch.setattr(os, 'walk', lambda top, **_: [(top, [], files[top])])
+  train = sources.load(f'folder:{tmp_path}', holdout=0).train
+  assert len(pickle.dumps(train)) < 10 * len(train)
+  expected = [os.path.join(top, name) for top, found in files.items() for name in sorted(found)]
+  assert [train.path(i) for i in range(10_000)] == expected
+  assert train.labels.tolist() == [0] * 5_000 + [1] * 5_000
+
+
 def test_unreadable_files_are_named(tmp_path):
   source = make_folder(tmp_path, 'a/1.png', 'b/1.png')
   os.symlink(tmp_path / 'gone.png', tmp_path / 'b/2.png')
   train = sources.load(source, holdout=0).train
   with pytest.raises(UserError, match=f'cannot read {tmp_path}/b/2.png: No such file'):
     train[2]
+
+
+# --- Digests ------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_arrays_is_of_labels_and_shape(tmp_path):
+
+  def digest(images, labels):
+    source = npz(tmp_path / 'a.npz', x_train=images, y_train=labels)
+    return sources.load(source, holdout=0).train.digest()
+
+  x, y = random_images(10), np.arange(10) % 2
+  first = digest(x, y)
+  assert digest(x, y.astype(np.uint8)) == first and len(first) == 64
+  others = {digest(x[:9], y[:9]), digest(x, 1 - y), digest(random_images(10, size=5), y)}
+  assert len(others | {first}) == 4
+
+
+def test_the_digest_of_a_folder_is_of_names_and_labels(tmp_path):
+  names = [f'{c}/{i}.png' for c in 'abc' for i in range(50)]
+  folder = tmp_path / 'set'
+
+  def digest():
+    return sources.load(f'folder:{folder}', holdout=0).train.digest()
+
+  make_folder(folder, *names)
+  seen = [digest()]
+  (folder / 'a/1.png').rename(folder / 'a/1b.png')  # the same place in the order
+  seen.append(digest())
+  (folder / 'b/7.png').rename(folder / 'a/7b.png')
+  seen.append(digest())
+  make_folder(folder, 'c/new.png')
+  seen.append(digest())
+  (folder / 'c/9.png').unlink()
+  seen.append(digest())
+  assert len(set(seen)) == 5
+  folder.rename(tmp_path / 'moved')
+  folder = tmp_path / 'moved'
+  assert digest() == seen[-1]
+
+
+def test_the_digest_of_held_out_images_is_of_which_they_are(tmp_path):
+  source = npz(tmp_path / 'a.npz', x_train=random_images(100), y_train=np.arange(100) % 2)
+  one, again, other = (sources.load(source, seed=seed) for seed in (0, 0, 1))
+  assert one.train.digest() == again.train.digest()
+  assert len({d.digest() for data in (one, other) for d in (data.train, data.validation)}) == 4
+
+
+def test_the_digest_of_a_tfds_data_set_needs_no_reading(cifar10, tmp_path):
+  shutil.copytree(cifar10[0] / 'cifar10', tmp_path / 'cifar10')
+  for file in (tmp_path / 'cifar10/3.0.2').glob('cifar10-train*'):
+    file.unlink()
+
+  def digest(data_dir, split='train'):
+    data = sources.load('tfds:cifar10', data_dir=str(data_dir), holdout=0)
+    return getattr(data, split).digest()
+
+  first = digest(tmp_path)
+  assert digest(cifar10[0]) == first != digest(cifar10[0], 'test')
+  info = json.loads((tmp_path / 'cifar10/3.0.2/dataset_info.json').read_text())
+  train = next(split for split in info['splits'] if split['name'] == 'train')
+  train['shardLengths'] = ['101']
+  (tmp_path / 'cifar10/3.0.2/dataset_info.json').write_text(json.dumps(info))
+  assert digest(tmp_path) != first
 
 
 # --- TFDS ---------------------------------------------------------------------------------------
@@ -604,6 +692,11 @@ def test_a_tfds_data_set_with_its_own_validation(tmp_path, tfds):
   assert data.test is None  # its labels are secret
   assert data.validation[0].name == 'our_shapes val #0'
   assert pixels_of(data.train[0]).shape == (4, 5, 3)
+
+
+def test_the_digest_tells_tfds_splits_of_one_size(tmp_path, tfds):
+  data = build(tfds, tmp_path, {'train': [0, 1], 'validation': [0, 1]})
+  assert data.train.digest() != data.validation.digest()
 
 
 def test_tfds_labels_are_checked(tmp_path, tfds):

@@ -62,6 +62,33 @@ USED = {
     {'optimizer.schedule': 'multistep', 'optimizer.milestones': (3.0,)},
     0.5,
   ),
+  'epochs': ({'steps': 100}, {'steps': 0}, 7),
+  'augment.crop_padding': ({'engine': 'stream'}, {'engine': 'resident'}, 4),
+  'augment.trivial_augment': ({'engine': 'stream'}, {'engine': 'resident'}, True),
+  'augment.crop_scale': ({'engine': 'resident'}, {'engine': 'stream'}, (0.08, 1.0)),
+  'augment.crop_aspect': (
+    {'engine': 'stream'},
+    {'engine': 'stream', 'augment.crop_scale': (0.5, 1.0)},
+    (0.5, 2.0),
+  ),
+  'augment.crop_margin': (
+    {'engine': 'stream', 'augment.crop_scale': (0.5, 1.0)},
+    {'engine': 'stream', 'augment.crop_scale': ()},
+    32,
+  ),
+  'augment.interpolation': (
+    {'engine': 'stream'},
+    {'engine': 'stream', 'augment.crop_margin': 32},
+    'bilinear',
+  ),
+  'augment.rand_augment': ({}, {'engine': 'stream'}, 'rand-m9-mstd0.5-inc1'),
+  'augment.color_jitter': (
+    {'engine': 'stream', 'augment.rand_augment': 'rand-m9-mstd0.5-inc1'},
+    {'engine': 'stream'},
+    (0.4, 0.4, 0.4),
+  ),
+  'augment.repeats': ({}, {'engine': 'stream'}, 3),
+  'stream.workers': ({}, {'engine': 'stream'}, 4),
   'augment.mix_prob': ({}, {'augment.cutmix': 1.0}, 0.5),
   'augment.switch_prob': (
     {'augment.mixup': 0.8},
@@ -267,20 +294,31 @@ def test_every_shipped_config_is_valid(path, arguments):
   config.source = config.source or 'folder:DIR'  # one is for the user to name
   config = freeze(config)
   assert module.__doc__.splitlines()[0].endswith('.')
-  assert config.name == '_'.join([path.stem, *arguments])
+  assert config.name.startswith(path.stem)
   build_model(config.model, 10)
 
 
 def test_shipped_configs_are_found_with_their_variants():
   assert {p.stem for p in SHIPPED} >= {'digits', 'cvt13_cifar10', 'cvt13_imagenet'}
   assert variants(ROOT / 'configs' / 'cvt13_cifar10.py') == ['', 'small_images']
+  assert len(variants(ROOT / 'configs' / 'finetune.py')) == 5
+
+
+def test_every_shipped_config_has_a_run_folder_of_its_own():
+  configs = [pytest_param.values for pytest_param in SHIPPED_VARIANTS]
+  names = [load(path).get_config(*arguments).name for path, arguments in configs]
+  defaults = [path for path, arguments in configs if not arguments and '' not in variants(path)]
+  with_a_default = [path for path in defaults if variants(path)]  # which is one of the others
+  assert len(set(names)) == len(names) - len(with_a_default)
 
 
 @pytest.mark.parametrize('path', [p for p in SHIPPED if variants(p)], ids=lambda p: p.stem)
 def test_an_unknown_variant_is_the_users_error(path):
   assert inspect.signature(load(path).get_config).parameters
-  with pytest.raises(UserError, match='small_img.*small_images'):
-    load(path).get_config('small_img')
+  with pytest.raises(UserError) as error:
+    load(path).get_config('quux')
+  assert str(error.value).startswith(f'{path.name}:quux: ')
+  assert all(v in str(error.value) for v in variants(path))
 
 
 # What freeze refuses.
@@ -425,6 +463,26 @@ def test_a_key_without_effect_is_refused_with_the_condition(name):
     (
       {'optimizer.schedule': 'multistep', 'optimizer.milestones': (3, 3)},
       r'^optimizer.milestones=\(3.0, 3.0\): rising',
+    ),
+    (
+      {'engine': 'stream', 'augment.crop_scale': (0.5,)},
+      r'^augment.crop_scale=\(0.5,\): a least and a greatest',
+    ),
+    (
+      {'engine': 'stream', 'augment.crop_scale': (1, 0.5)},
+      r'^augment.crop_scale=\(1.0, 0.5\): a least and a greatest',
+    ),
+    (
+      {'engine': 'stream', 'augment.color_jitter': (0.4, 0.4, 0.4, 0.6)},
+      r'^augment.color_jitter=.*: three numbers .* hue up to 0.5',
+    ),
+    (
+      {'engine': 'stream', 'augment.rand_augment': 'rand-m9'},
+      r"^augment.rand_augment: RandAugment 'rand-m9' lacks mstd, inc",
+    ),
+    (
+      {'engine': 'stream', 'augment.repeats': 200},
+      r'^augment.repeats=200: at most batch_size=128',
     ),
     ({'optimizer.ema_decay': 1.0}, r'^optimizer.ema_decay=1.0: '),
     (

@@ -45,27 +45,32 @@ def weights(classes=CLASSES):
   return {'params': {'head': jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), head)}}
 
 
-def expected(arrays, variables, classes=CLASSES):
+def logits_of(arrays, variables):
   head = jax.tree.map(lambda x: np.asarray(x, np.float64), variables['params']['head'])
   pixels = (arrays.image / 255 - MEAN) / STD
-  logits = pixels.reshape(len(pixels), -1) @ head['kernel'] + head['bias']
+  return pixels.reshape(len(pixels), -1) @ head['kernel'] + head['bias']
+
+
+def expected(arrays, variables, classes=CLASSES, competing=slice(None)):
+  logits = np.full((len(arrays.image), classes), -np.inf)
+  logits[:, competing] = logits_of(arrays, variables)[:, competing]
   order = np.argsort(-logits, axis=1)
   hits = order == arrays.label[:, None]
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
   members = [arrays.label == c for c in range(classes)]
   return {
-    'loss': pytest.approx(-log_p[np.arange(len(pixels)), arrays.label].mean(), rel=1e-5),
+    'loss': pytest.approx(-log_p[np.arange(len(logits)), arrays.label].mean(), rel=1e-5),
     'top1': pytest.approx(hits[:, 0].mean(), rel=1e-6),
     'top5': pytest.approx(hits[:, :5].any(1).mean(), rel=1e-6),
-    'images': len(pixels),
+    'images': len(logits),
     'per_class': [pytest.approx(hits[m, 0].mean(), rel=1e-6) if m.any() else None for m in members],
   }
 
 
-def evaluated(model, variables, arrays, batch_size=BATCH, devices=1):
+def evaluated(model, variables, arrays, batch_size=BATCH, devices=1, classes=None):
   """Evaluates as a run does: the split on every device, each batch divided among them."""
   mesh = sharding.make_mesh(devices)
-  step = make_eval_step(model, MEAN, STD)
+  step = make_eval_step(model, MEAN, STD, classes)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def eval_at(variables, arrays, position):
@@ -109,6 +114,69 @@ def test_with_fewer_than_five_classes_top5_is_over_all():
   found = evaluated(Linear(num_classes=3), variables, arrays)
   assert found == expected(arrays, variables, classes=3)
   assert found['top5'] == 1 and found['top1'] < 1
+
+
+@pytest.mark.parametrize('competing', [[1, 2, 3, 4, 6], [2, 4], [0, 1, 2, 3, 4, 6]], ids=str)
+def test_only_classes_that_compete(competing):
+  """Where padding, which is taken for class 0, is of a class that does not compete: no NaN."""
+  arrays, variables = split(), weights()
+  arrays = arrays.replace(label=np.array(competing, np.int32)[arrays.label % len(competing)])
+  classes = np.isin(np.arange(CLASSES), competing)
+  found = evaluated(Linear(), variables, arrays, classes=classes)
+  assert found == expected(arrays, variables, competing=competing)
+  every = evaluated(Linear(), variables, arrays)
+  assert found['top1'] >= every['top1'] and found['loss'] < every['loss']
+  assert found['top5'] == 1 or len(competing) > 5
+
+
+def several_labels(rng, images=IMAGES):
+  """Returns bool [images, CLASSES]: about a third without a label, others with one or several."""
+  labels = rng.random((images, CLASSES)) < rng.choice([0.0, 0.15, 0.4], (images, 1))
+  assert {0, 1, 3} <= set(labels.sum(1))
+  return labels
+
+
+def evaluated_labels(arrays, labels, classes=None):
+  """Evaluates in batches, the last of them padded, where every class of padding is right."""
+  step = jax.jit(make_eval_step(Linear(), MEAN, STD, classes))
+  padded = np.pad(labels, ((0, -len(labels) % BATCH), (0, 0)), constant_values=True)
+  return evaluate(
+    step(
+      weights(),
+      resident.eval_batch(arrays, i, batch_size=BATCH)
+      | {'labels': padded[i * BATCH : (i + 1) * BATCH]},
+    )
+    for i in range(len(padded) // BATCH)
+  )
+
+
+@pytest.mark.parametrize('competing', [None, [0, 2, 3, 4, 5, 6]], ids=['all', 'some'])
+def test_a_hit_is_any_of_several_labels(competing):
+  arrays, labels = split(), several_labels(np.random.default_rng(2))
+  logits = logits_of(arrays, weights())
+  classes = None
+  if competing:
+    classes = np.isin(np.arange(CLASSES), competing)
+    labels &= classes
+    logits[:, ~classes] = -np.inf
+  best = np.argsort(-logits, axis=1)
+  rows = [(b, set(np.flatnonzero(right))) for b, right in zip(best, labels, strict=True)]
+  rows = [(b, right) for b, right in rows if right]
+  assert len(rows) < IMAGES - 5
+  found = evaluated_labels(arrays, labels, classes)
+  assert found == {
+    'top1': pytest.approx(np.mean([b[0] in right for b, right in rows]), rel=1e-6),
+    'top5': pytest.approx(np.mean([bool(right & set(b[:5])) for b, right in rows]), rel=1e-6),
+    'images': len(rows),
+  }
+  assert 0 < found['top1'] < found['top5'] < 1
+
+
+def test_a_list_of_one_label_is_the_label():
+  arrays = split()
+  found = evaluated_labels(arrays, np.eye(CLASSES, dtype=bool)[arrays.label])
+  of_one = evaluated(Linear(), weights(), arrays)
+  assert found == {name: of_one[name] for name in ('top1', 'top5', 'images')}
 
 
 def test_an_evaluation_that_is_stopped_before_its_first_batch_has_no_metrics():

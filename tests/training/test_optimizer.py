@@ -53,7 +53,7 @@ def imagenet_config():
 
 def rates(config, peak, epochs, steps_per_epoch):
   """Returns the learning rate of every step, as it is computed inside the jitted step."""
-  schedule = make_schedule(config, peak, epochs, steps_per_epoch)
+  schedule = make_schedule(config, peak, epochs * steps_per_epoch, steps_per_epoch)
   steps = jnp.arange(epochs * steps_per_epoch, dtype=jnp.int32)
   return np.asarray(jax.jit(jax.vmap(schedule))(steps))
 

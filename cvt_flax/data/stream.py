@@ -1,0 +1,259 @@
+"""The streaming engine: images are read, decoded and augmented on the host as they come. On Grain.
+
+The batch at a step is a pure function of (seed, step): the order of an epoch is one permutation of
+the whole split, host h of n takes the h-th part of every batch, and what happens to an image is
+drawn from (seed, epoch, index). So hosts, threads, processes and where a run resumes change
+nothing.
+
+A batch is a dict of NumPy arrays: 'image' uint8 [b, h, w, 3], 'label' int32 [b], 'mask' float32 [b]
+(0 where there is no image) and 'index' int32 [b] (`dataset.Example.index`, -1 where there is no
+image); of a split with several labels an image also 'labels' bool [b, k].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import signal
+import typing
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+
+from cvt_flax.data import images
+from cvt_flax.errors import UserError
+from cvt_flax.rng import Stream
+
+if typing.TYPE_CHECKING:
+  from cvt_flax.data import augment, dataset
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """Who reads, and with what.
+
+  Attributes:
+    host, hosts: which of how many hosts this is; each reads its part of every batch.
+    workers: processes that decode; 0: threads of this one, or processes where it has so many cores
+      that threads would wait for each other.
+    skip_unreadable: gives a black image with mask 0 for one that cannot be decoded.
+  """
+
+  host: int = 0
+  hosts: int = 1
+  workers: int = 0
+  skip_unreadable: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """Which image stands where in training.
+
+  Attributes:
+    images: how many the split has.
+    batch_size: over all hosts.
+    seed: the run's.
+    repeats: how often an image comes in an epoch, which then has a share of the images as small
+      (Hoffer et al. 2020, https://arxiv.org/abs/1901.09335).
+    groups: a batch is dealt out to so many groups, as the authors' sampler deals to GPUs, so that
+      the repeats of an image are in different ones; of no effect without repeats.
+  """
+
+  images: int
+  batch_size: int
+  seed: int
+  repeats: int = 1
+  groups: int = 1
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return self.images // self.batch_size
+
+  def __call__(self, row: int) -> tuple[int, int, int]:
+    """Returns (epoch, place in the split, which repeat) of a row, counted over all steps."""
+    step, place = divmod(row, self.batch_size)
+    epoch, step = divmod(step, self.steps_per_epoch)
+    if self.repeats > 1:
+      group, place = divmod(place, self.batch_size // self.groups)
+      place = place * self.groups + group
+    rank, repeat = divmod(step * self.batch_size + place, self.repeats)
+    return epoch, self._permutation[epoch * self.images + rank], repeat
+
+  @functools.cached_property
+  def _permutation(self) -> grain.MapDataset:
+    """Element e * images + i is the i-th image of epoch e; nothing of it is held in memory."""
+    seed = np.random.SeedSequence((self.seed, Stream.ORDER)).generate_state(1)
+    return grain.MapDataset.range(self.images).shuffle(seed=int(seed[0]))
+
+
+def train_batches(
+  split: dataset.Split,
+  transform: augment.Transform,
+  order: Order,
+  reading: Reading,
+  *,
+  start: int,
+  stop: int,
+) -> Iterator[Batch]:
+  """Yields this host's part of the training batches of the steps from `start` to before `stop`.
+
+  Args:
+    split: the images, encoded or as arrays.
+    transform: what is done to each.
+    order: which image stands where.
+    reading: who reads; `reading.hosts` divides the batch.
+    start, stop: steps, over all epochs.
+
+  Yields:
+    Batches of order.batch_size / reading.hosts images; to close the generator ends its threads and
+    processes.
+
+  Raises:
+    UserError: an image cannot be decoded and `reading.skip_unreadable` is off.
+  """
+  rows = _TrainRows(split, transform, order, reading, stop)
+  return _batches(rows, rows.local, start, reading)
+
+
+def eval_batches(
+  split: dataset.Split,
+  size: int,
+  crop_ratio: float,
+  batch_size: int,
+  reading: Reading,
+  num_classes: int = 0,
+) -> Iterator[Batch]:
+  """Yields this host's part of the batches of an evaluation: every image once, in order.
+
+  There are ceil(n / batch_size) batches. The last is filled up with black images of label 0, mask 0
+  and index -1.
+
+  Args:
+    split: the images, encoded or as arrays.
+    size, crop_ratio: as in `images.prepare`.
+    batch_size: over all hosts.
+    reading: as in `train_batches`.
+    num_classes: k of 'labels'; of no effect for a split with one label an image.
+  """
+  rows = _EvalRows(split, size, crop_ratio, batch_size, reading, num_classes)
+  return _batches(rows, rows.local, 0, reading)
+
+
+class _Rows:
+  """What this host reads, image by image: a random-access source for Grain."""
+
+  def __init__(self, split, batch_size, reading, steps):
+    self.split, self.reading = split, reading
+    self.batch_size, self.local = batch_size, batch_size // reading.hosts
+    self.steps = steps
+
+  def __len__(self) -> int:
+    return self.steps * self.local
+
+  def _global_row(self, row: int) -> int:
+    step, place = divmod(row, self.local)
+    return step * self.batch_size + self.reading.host * self.local + place
+
+  def _record(self, example: dataset.Example, size: int, pixels) -> Batch:
+    """Returns one row of a batch; `pixels` turns the example into uint8 [size, size, 3]."""
+    try:
+      image, mask = pixels(example), 1
+    except UserError:
+      if not self.reading.skip_unreadable:
+        raise
+      image, mask = np.zeros((size, size, 3), np.uint8), 0
+    return {
+      'image': image,
+      'label': np.int32(example.label),
+      'mask': np.float32(mask),
+      'index': np.int32(example.index),
+    }
+
+
+class _TrainRows(_Rows):
+  def __init__(self, split, transform, order, reading, stop):
+    super().__init__(split, order.batch_size, reading, stop)
+    self.transform, self.order = transform, order
+
+  def __getitem__(self, row: int) -> Batch:
+    epoch, place, repeat = self.order(self._global_row(row))
+
+    def pixels(example):
+      key = (self.order.seed, Stream.AUGMENT, epoch, example.index, repeat)
+      image = images.decode(example.image, example.name)
+      return self.transform(image, np.random.default_rng(key))
+
+    return self._record(self.split[place], self.transform.size, pixels)
+
+
+class _EvalRows(_Rows):
+  def __init__(self, split, size, crop_ratio, batch_size, reading, num_classes):
+    super().__init__(split, batch_size, reading, math.ceil(len(split) / batch_size))
+    self.size, self.crop_ratio, self.num_classes = size, crop_ratio, num_classes
+
+  def __getitem__(self, row: int) -> Batch:
+    place = self._global_row(row)
+    padding = place >= len(self.split)
+    example = self.split[0 if padding else place]
+    record = self._record(example, self.size, self._pixels)
+    if self.split.multi_label:
+      record['labels'] = np.isin(np.arange(self.num_classes), example.labels)
+    if padding:
+      record = {name: np.zeros_like(value) for name, value in record.items()}
+      record['index'] = np.int32(-1)
+    return record
+
+  def _pixels(self, example):
+    return images.prepare(example.image, example.name, self.size, self.crop_ratio)
+
+
+def _batches(rows: _Rows, local: int, start: int, reading: Reading) -> Iterator[Batch]:
+  """Yields batches of `local` rows, from batch `start` on."""
+  source = grain.MapDataset.source(rows)[start * local :]
+  workers = reading.workers or _default_workers()
+  if workers:
+    if not flags.FLAGS.is_parsed():  # in a notebook; Grain asks absl for flags of its own
+      flags.FLAGS.mark_as_parsed()
+    # Pieces, so that a batch is made by several processes, but not sent image by image.
+    piece = math.gcd(local, 32)
+    one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    batches = (
+      source.batch(piece)
+      .to_iter_dataset(one)
+      .mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+        worker_init_fn=_ignore_interrupts,
+      )
+      .batch(local // piece)
+      .map(lambda batch: {k: v.reshape(local, *v.shape[2:]) for k, v in batch.items()})
+    )
+  else:
+    threads = 2 * _cores()
+    batches = source.to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=local + threads)
+    ).batch(local)
+  iterator = iter(batches)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+def _cores() -> int:
+  """Returns how many cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _default_workers() -> int:
+  return 0
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+  """Leaves Ctrl-C, which a terminal sends to every process of a run, to the main process."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
