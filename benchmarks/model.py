@@ -8,13 +8,9 @@ Prints a table and writes what was measured to benchmarks/results/. See benchmar
 # ruff: noqa: E402  (the environment is set before JAX and transformers are imported)
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -32,27 +28,22 @@ import optax
 import torch
 import transformers
 
+from benchmarks import common
 from cvt_flax import create_model, list_models
 from cvt_flax.weights.layouts import HUGGING_FACE
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
-# Cores' worth of work by other programs that still counts as a quiet machine.
-QUIET = 0.1
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 
 
 def main():
   arguments = parse()
-  start = usage()
-  time.sleep(2)
-  busy = taken_by_others(start)
-  if not arguments.busy and busy is not None and busy > QUIET:
-    sys.exit(
-      f"other programs take {busy:.1f} cores. PyTorch's threads wait for each other by spinning, "
-      'which then costs it many times the work: ratios would be wrong. Wait, or try the tool '
-      'with --busy, which writes no result'
+  if not arguments.busy:
+    common.refuse_busy(
+      "PyTorch's threads wait for each other by spinning, which then costs it many times the work: "
+      'ratios would be wrong'
     )
-  torch.set_num_threads(cores())
+  torch.set_num_threads(common.cores())
   # float32 means float32 on both sides, also where the hardware has a faster format.
   jax.config.update('jax_default_matmul_precision', 'highest')
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -73,7 +64,7 @@ def main():
   theirs = {'PyTorch eager': peer}
   if arguments.compile:
     theirs['PyTorch compiled'] = torch.compile(peer)
-  results, start = {}, usage()
+  results, start = {}, common.usage()
   for what, ours, make in (
     ('forward', our_forward(model, variables, images), their_forward),
     ('train step', our_train_step(model, variables, images, labels), their_train_step),
@@ -84,11 +75,7 @@ def main():
     results[what] = alternate(what, contestants, arguments.rounds, arguments.steps)
 
   print(table(results))
-  busy = taken_by_others(start)
-  if busy is not None and busy > QUIET:
-    print(f'NOT A RESULT: other programs took {busy:.1f} cores meanwhile; nothing is written')
-  else:
-    write(arguments, results, difference, busy)
+  write(arguments, results, difference, start)
 
 
 def parse():
@@ -114,32 +101,6 @@ def parse():
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
   return arguments
-
-
-def cores():
-  """Returns how many cores this process may use: what XLA takes, and PyTorch is given."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def usage():
-  """Returns (seconds of the clock, of all processors' work, of ours); None where it is unknown.
-
-  Work includes what the host of a virtual machine took away.
-  """
-  stat = pathlib.Path('/proc/stat')
-  if not stat.exists():
-    return None
-  user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
-  ticks = user + nice + system + irq + softirq + steal
-  return time.perf_counter(), ticks / os.sysconf('SC_CLK_TCK'), time.process_time()
-
-
-def taken_by_others(start):
-  """Returns how many cores other programs kept busy since `start`, on average."""
-  if start is None:
-    return None
-  clock, work, ours = (now - then for now, then in zip(usage(), start, strict=True))
-  return max(0.0, (work - ours) / clock)
 
 
 def huggingface(model):
@@ -278,16 +239,16 @@ def table(results):
   return '\n'.join(lines)
 
 
-def write(arguments, results, difference, busy):
-  now = datetime.datetime.now().astimezone()
+def write(arguments, results, difference, start):
   record = {
-    'date': now.isoformat(timespec='seconds'),
     'arguments': vars(arguments),
     'logits_differ_by': difference,
-    'cores_taken_by_others': busy,
-    'hardware': hardware(),
-    'versions': {'python': platform.python_version()}
-    | {package: importlib.metadata.version(package) for package in PACKAGES},
+    'hardware': {
+      'device': jax.devices()[0].device_kind,
+      'processor': common.processor(),
+      'cores': common.cores(),
+      'pytorch_threads': torch.get_num_threads(),
+    },
     'results': {
       what: {
         'seconds_a_call_by_round': seconds,
@@ -299,28 +260,8 @@ def write(arguments, results, difference, busy):
       for what, seconds in results.items()
     },
   }
-  folder = ROOT / 'benchmarks' / 'results'
-  folder.mkdir(exist_ok=True)
   name = f'{arguments.model}-{arguments.size}-batch{arguments.batch}'
-  path = folder / f'{now:%Y-%m-%d-%H%M}-{name}.json'
-  path.write_text(json.dumps(record, indent=2) + '\n')
-  print(f'written to {path.relative_to(ROOT)}', file=sys.stderr)
-
-
-def hardware():
-  """Returns the machine that the figures depend on."""
-  processor = platform.processor()
-  if pathlib.Path('/proc/cpuinfo').exists():
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    processor = next(
-      (line.partition(':')[2].strip() for line in lines if line.startswith('model name')), processor
-    )
-  return {
-    'device': jax.devices()[0].device_kind,
-    'processor': processor,
-    'cores': cores(),
-    'pytorch_threads': torch.get_num_threads(),
-  }
+  common.write(name, PACKAGES, start, record)
 
 
 if __name__ == '__main__':

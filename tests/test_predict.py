@@ -105,7 +105,7 @@ def test_hidden_files_and_folders_are_no_images(weights, tmp_path):
 
 def test_an_image_too_thin_for_a_crop(weights, tmp_path):
   Image.new('RGB', (1, 300_000)).save(tmp_path / 'thin.png')
-  with pytest.raises(UserError, match=r'thin\.png is 1x300000 pixels, too thin'):
+  with pytest.raises(UserError, match=r'thin\.png: 1x300000 pixels are too thin'):
     list(predict_images(weights, [tmp_path / 'thin.png']))
 
 

@@ -79,11 +79,10 @@ def prepare(data: bytes | np.ndarray, name: str, size: int, crop_ratio: float) -
   image = decode(data, name)
   if not crop_ratio:
     return squash(image, size)
-  width, height = image.size
-  pixels = int(size / crop_ratio) ** 2 * max(width, height) / min(width, height)
-  if pixels > 2 * Image.MAX_IMAGE_PIXELS:  # where `decode` refuses, too
-    raise UserError(f'{name} is {width}x{height} pixels, too thin for a crop of its centre')
-  return resize_and_crop(image, size, crop_ratio)
+  try:
+    return resize_and_crop(image, size, crop_ratio)
+  except ValueError as error:
+    raise UserError(f'{name}: {error}') from error
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
@@ -115,12 +114,15 @@ def resize_and_crop(image: Image.Image, size: int, crop_ratio: float = 0.875) ->
     uint8 [size, size, 3].
 
   Raises:
-    ValueError: `crop_ratio` is outside (0, 1].
+    ValueError: `crop_ratio` is outside (0, 1], or the image is so long and thin that it would be
+      resized to more pixels than `decode` takes from a file.
   """
   if not 0 < crop_ratio <= 1:
     raise ValueError(f'crop_ratio is {crop_ratio}, but must be in (0, 1]')
   width, height = image.size
   shorter = int(size / crop_ratio)
+  if shorter**2 * max(width, height) / min(width, height) > 2 * Image.MAX_IMAGE_PIXELS:
+    raise ValueError(f'{width}x{height} pixels are too thin for a crop of the centre')
   if width <= height:
     width, height = shorter, int(shorter * height / width)
   else:
@@ -142,6 +144,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
   """Returns the image in mode 'RGB'."""
+  if image.mode == 'RGB':
+    return image  # `convert` would copy it
   if image.mode == 'I' or image.mode.startswith('I;16'):
     image = _grey_16_to_8(image)
   elif image.mode == 'F':

@@ -33,6 +33,8 @@ if typing.TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+_CORES_FOR_THREADS = 4  # above it, processes; see `_default_workers`
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -187,7 +189,10 @@ class _TrainRows(_Rows):
     def pixels(example):
       key = (self.order.seed, Stream.AUGMENT, epoch, example.index, repeat)
       image = images.decode(example.image, example.name)
-      return self.transform(image, np.random.default_rng(key))
+      try:
+        return self.transform(image, np.random.default_rng(key))
+      except ValueError as error:
+        raise UserError(f'{example.name}: {error}') from error
 
     return self._record(self.split[place], self.transform.size, pixels)
 
@@ -251,7 +256,12 @@ def _cores() -> int:
 
 
 def _default_workers() -> int:
-  return 0
+  """Returns how many processes decode: none, so threads, where there are few cores.
+
+  About a sixth of the work holds Python's lock (benchmarks/input.py), so threads keep few cores busy.
+  Processes cost a copy of every batch and memory of their own, and start more slowly.
+  """
+  return _cores() if _cores() > _CORES_FOR_THREADS else 0
 
 
 def _ignore_interrupts(worker: int, workers: int) -> None:

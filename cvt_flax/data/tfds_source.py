@@ -6,6 +6,7 @@ CIFAR is prepared from its original archive, without TensorFlow too.
 import contextlib
 import dataclasses
 import functools
+import glob
 import io
 import os
 import pathlib
@@ -22,6 +23,8 @@ from PIL import Image
 from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split, sha256, wrong_label
 from cvt_flax.errors import UserError, nearest
 
+_OPEN_FILES = 8_192
+
 # The command line of TFDS imports all of these, and they want older versions of packages that
 # this project needs: hence an environment of their own.
 _TFDS_ENVIRONMENT = (
@@ -34,7 +37,8 @@ _TFDS_ENVIRONMENT = (
 class TfdsSplit(Split):
   """A split of a prepared TFDS data set, its images still encoded.
 
-  `labels` reads the whole split once, which takes seconds for CIFAR, but minutes for ImageNet.
+  `labels` reads the whole split once, which takes seconds for CIFAR, but minutes for ImageNet;
+  what `cvt_flax.prepare` wrote has them in a file beside the images, `labels_file`.
 
   Attributes:
     name: as for every split.
@@ -52,6 +56,9 @@ class TfdsSplit(Split):
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
+    path = labels_file(self.records.dataset_info.data_dir, self.records.split)
+    if os.path.exists(path):
+      return np.load(path)
     return np.fromiter((example.label for example in self), np.int32, len(self))
 
   @property
@@ -93,11 +100,21 @@ class TfdsSplit(Split):
     return Example(record['image'], label, int(index), name, labels)
 
 
+def tfds_root(data_dir: str) -> str:
+  """Returns where TFDS keeps its data sets; `data_dir` as for `sources.load`."""
+  return os.path.expanduser(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'))
+
+
+def labels_file(folder: str, split: str) -> str:
+  """Returns the path of the .npy file, int32 [N], that may hold a split's labels."""
+  return os.path.join(folder, f'{split}_labels.npy')
+
+
 def load_tfds(name: str, data_dir: str) -> Dataset:
   """Opens a TFDS data set, and prepares CIFAR when it is not there yet."""
   import tensorflow_datasets as tfds  # takes half a second, and other sources do without
 
-  root = os.path.expanduser(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'))
+  root = tfds_root(data_dir)
   builder = _tfds_builder(name, root)
   if not (builder.data_path / 'dataset_info.json').exists():
     if builder.name not in ('cifar10', 'cifar100'):
@@ -105,6 +122,7 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
         f'tfds:{name} is not prepared in {root}; {_how_to_prepare(builder, name, root)}'
       )
     _prepare_cifar(builder, root)
+  _allow_open_files()
   # From its files, not its code: only so does TFDS see formats that were added later.
   builder = tfds.builder_from_directory(builder.data_dir)
   formats = sorted(f.value for f in builder.info.available_file_formats())
@@ -141,6 +159,20 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
   return Dataset(builder.name, class_names, **splits)
 
 
+def _allow_open_files() -> None:
+  """Raises the number of files that this process, and those it starts, may have open.
+
+  ArrayRecord keeps every file open that it has read from. TFDS's ImageNet has 1,024 for train, and
+  1,024 files are what many systems allow a program that does not ask for more.
+  """
+  import resource  # not on Windows, as ArrayRecord
+
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _label_keys(features: dict) -> tuple[str, str] | None:
   """Returns `label_key` and `labels_key` of a `TfdsSplit`; None for what is not classification."""
   import tensorflow_datasets as tfds
@@ -174,10 +206,24 @@ def _tfds_builder(name: str, root: str):
     if base in known:
       reason = str(error).splitlines()[0].rpartition('}": ')[2]  # after the call it quotes
       raise UserError(f'TFDS cannot open {name!r}: {reason}') from error
+    ours = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(root), '*'))]
+    if base in ours:
+      raise UserError(_not_there(name, os.path.join(root, base))) from error
     raise UserError(
       f'unknown TFDS data set {base!r} (all: https://www.tensorflow.org/datasets/'
-      f'catalog/overview){nearest(base.lower(), known)}'
+      f'catalog/overview){nearest(base.lower(), known + ours)}'
     ) from error
+  except ImportError as error:  # of a root in a bucket, where TFDS needs another package to look
+    raise UserError(f'cannot look for tfds:{name} in {root}: {error}') from error
+
+
+def _not_there(name: str, folder: str) -> str:
+  """Returns what is wrong with a name that TFDS does not know, where there is a folder for it."""
+  found = glob.glob(os.path.join(glob.escape(folder), '**', 'dataset_info.json'), recursive=True)
+  versions = sorted(os.path.relpath(os.path.dirname(path), folder) for path in found)
+  if not versions:
+    return f'{folder} holds no complete data set; remove it and prepare it again'
+  return f'there is no tfds:{name} in {folder}, which has {", ".join(versions)}'
 
 
 def _how_to_prepare(builder, name: str, root: str) -> str:

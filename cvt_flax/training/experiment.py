@@ -61,11 +61,22 @@ def read(folder: pathlib.Path) -> Experiment | None:
     return None
   try:
     record = json.loads(path.read_text())
-    return Experiment(freeze(record['config']), tuple(record['class_names']), record['data'])
+    config = _with_defaults(record['config'], to_dict(TrainConfig()))
+    return Experiment(freeze(config), tuple(record['class_names']), record['data'])
   except (OSError, ValueError, KeyError, TypeError, UserError) as e:
     raise UserError(
       f'{path} is damaged, or of another version ({type(e).__name__}: {e}): give another --workdir'
     ) from e
+
+
+def _with_defaults(saved: dict, defaults: dict) -> dict:
+  """Returns a saved config with the keys that have been declared since, at their defaults."""
+  groups = {
+    k: _with_defaults(saved[k], v)
+    for k, v in defaults.items()
+    if isinstance(v, dict) and k in saved
+  }
+  return defaults | saved | groups
 
 
 def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> None:

@@ -90,6 +90,12 @@ class Setup:
     self.dataset = sources.load(
       config.source, data_dir=config.data_dir, holdout=holdout, seed=config.seed
     )
+    for split in (self.dataset.train, self.dataset.validation, self.dataset.test):
+      if split is not None and split.multi_label:
+        raise UserError(
+          f'{config.source}: {split.name} has several labels an image; score it by eval.sets='
+          f'({config.source!r},), with a source of single labels'
+        )
     if self.saved:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
     self.model = build_model(config.model, len(self.dataset.class_names))

@@ -1,7 +1,9 @@
 """Mixup, CutMix, label smoothing and random erasing: exact targets, and timm's distributions."""
 
+import collections
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +191,43 @@ def test_images_keep_their_dtype():
   assert jax.eval_shape(random_erase, KEY, images).dtype == jnp.bfloat16
 
 
+def mixture(key, b, h, w, **settings):
+  """Returns what `mix` draws for a key: (lambda, None) of Mixup, (None, box) of CutMix."""
+  images, _ = mix(key, distinct_images(b, h, w), jnp.eye(b), group_size=0, **settings)
+  partners = np.asarray(images)[0, :, :, b - 1]  # the share of the last image in the first
+  if not np.isin(partners, (0, 1)).all():
+    return 1 - partners[0, 0], None
+  rows, columns = np.flatnonzero(partners.any(1)), np.flatnonzero(partners.any(0))
+  if not rows.size:
+    return None, (0, 0, 0, 0)
+  return None, (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
+
+
+def test_images_and_targets_are_timms_for_the_same_lambda_and_box(timm_file, peer, monkeypatch):
+  torch, timm = peer('torch'), timm_file('data/mixup.py')
+  b, h, w, classes = 6, 15, 20, 7
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(b, h, w, 3)).astype(np.float32)
+  labels = rng.integers(0, classes, b)
+  theirs = timm.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=classes)
+  kinds = collections.Counter()
+  for seed in range(30):
+    key = jax.random.key(seed)
+    share, box = mixture(key, b, h, w)
+    drawn = (share or 0.5, share is None)
+    monkeypatch.setattr(theirs, '_params_per_batch', functools.partial(tuple, drawn))
+    monkeypatch.setattr(timm, 'rand_bbox', lambda *_, box=box, **__: box)
+    expected, expected_targets = theirs(
+      torch.tensor(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    )
+    targets = mixing.smoothed_targets(jnp.asarray(labels), classes, 0.1)
+    got, got_targets = mix(key, images, targets, group_size=0)
+    np.testing.assert_allclose(got, expected.permute(0, 2, 3, 1), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(got_targets, expected_targets, rtol=0, atol=1e-6)
+    kinds['mixup' if box is None else 'cutmix'] += 1
+  assert min(kinds['mixup'], kinds['cutmix']) > 8
+
+
 def test_impossible_settings_are_refused():
   images, targets = distinct_images(6, 4, 4), jnp.eye(6)
   with pytest.raises(ValueError, match='6 images .* groups of 4'):
@@ -237,6 +276,34 @@ def test_erasing_has_its_probability_and_leaves_standard_normal_noise():
   assert noise.shape[1] == 2
   assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
   assert abs(np.corrcoef(noise.T)[0, 1]) < 0.01
+
+
+def test_an_erased_image_is_timms_for_the_same_box_and_noise(timm_file, peer, monkeypatch):
+  torch, timm = peer('torch'), timm_file('data/random_erasing.py')
+  b, h, w = 12, 21, 17
+  images = np.random.default_rng(0).normal(size=(b, h, w, 3)).astype(np.float32)
+  got = np.asarray(random_erase(KEY, images, prob=0.7))
+  theirs = timm.RandomErasing(0.7, mode='pixel', device='cpu')
+  erased = 0
+  for ours, image in zip(got, images, strict=True):
+    changed = (ours != image).all(-1)
+    erased += changed.any()
+    rows, columns = changed.any(1), changed.any(0)
+    top, left, height, width = rows.argmax(), columns.argmax(), rows.sum(), columns.sum()
+    # What timm's `random` would have given for this box, in the order it asks.
+    log_aspect = math.log(height / width) if width else 0.0
+    draws = iter([height * width / (h * w), log_aspect, top, left])
+    stand_in = types.SimpleNamespace(
+      random=functools.partial(float, not changed.any()),
+      uniform=lambda *_, draws=draws: next(draws),
+      randint=lambda *_, draws=draws: next(draws),
+    )
+    noise = torch.tensor(ours[changed].reshape(height, width, 3)).permute(2, 0, 1)
+    monkeypatch.setattr(timm, 'random', stand_in)
+    monkeypatch.setattr(timm, '_get_pixels', lambda *_, n=noise, **__: n)
+    expected = theirs(torch.tensor(image).permute(2, 0, 1).contiguous())
+    np.testing.assert_array_equal(ours, expected.permute(1, 2, 0))
+  assert 5 <= erased < b
 
 
 def test_an_image_in_which_no_box_fits_stays():

@@ -1,6 +1,7 @@
 """The streaming engine: the same batches whoever reads them, from wherever they are read on."""
 
 import collections
+import dataclasses
 import multiprocessing
 import pickle
 import threading
@@ -200,6 +201,29 @@ def test_an_evaluation_has_every_image_once_in_order(split):
 def test_hosts_share_an_evaluation(split, reading):
   parts = [evaluation(split, host=h, **reading) for h in range(reading['hosts'])]
   assert_same(joined(parts), evaluation(split))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SeveralLabels(ArraySplit):
+  """A split whose images have as many labels as their index says, up to three."""
+
+  multi_label = True
+
+  def _read(self, index):
+    example = super()._read(index)
+    return dataclasses.replace(example, labels=tuple(range(index % 4)))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_several_labels_are_one_row_of_classes(split, workers):
+  several = SeveralLabels('several', split.images[:10], split.labels[:10])
+  reading = stream.Reading(workers=workers)
+  batches = list(stream.eval_batches(several, 6, 0.0, 8, reading, num_classes=5))
+  labels = np.concatenate([b['labels'] for b in batches])
+  assert labels.dtype == bool and labels.shape == (16, 5)
+  for i in range(10):
+    assert np.flatnonzero(labels[i]).tolist() == list(range(i % 4))
+  assert not labels[10:].any()
 
 
 # What can go wrong.

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cvt_flax.training import loop
 
@@ -73,6 +74,46 @@ def config_file(npz, tmp_path_factory):
 def config(config_file):
   names = {}
   exec(config_file.read_text(), names)
+  return names['get_config']()
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+  """A folder of two classes of noisy pictures, dark and bright: 96 to train on, 24 to test."""
+  root = tmp_path_factory.mktemp('pictures') / 'tiny'
+  rng = np.random.default_rng(0)
+  for split, count in (('train', 96), ('test', 24)):
+    for i in range(count):
+      path = root / split / ('dark', 'bright')[i % 2]
+      path.mkdir(parents=True, exist_ok=True)
+      height, width = rng.integers(9, 30, 2)
+      pixels = rng.normal(80 + 90 * (i % 2), 40, (height, width, 3)).clip(0, 255)
+      Image.fromarray(pixels.astype(np.uint8)).save(path / f'{i}.png')
+  return root
+
+
+@pytest.fixture(scope='module')
+def streamed_file(config_file, pictures, tmp_path_factory):
+  """The tiny config on the streaming engine, with ImageNet's augmentation: 5 steps an epoch."""
+  changes = f"""
+  config.name = 'streamed'
+  config.source = 'folder:{pictures}'
+  config.engine = 'stream'
+  config.augment.crop_padding = 0
+  config.augment.crop_scale = (0.3, 1.0)
+  config.augment.rand_augment = 'rand-m9-mstd0.5-inc1'
+  config.checkpoint.every_steps = 2
+  return config
+"""
+  path = tmp_path_factory.mktemp('config') / 'streamed.py'
+  path.write_text(config_file.read_text().replace('\n  return config\n', changes))
+  return path
+
+
+@pytest.fixture
+def streamed(streamed_file):
+  names = {}
+  exec(streamed_file.read_text(), names)
   return names['get_config']()
 
 

@@ -58,8 +58,10 @@ def _kill_after(process, folder, step, number):
   raise AssertionError(f'the run ended ({process.poll()}) before it could be killed')
 
 
-def test_killed_three_times_it_ends_with_the_same_bytes(config_file, clean_env, tmp_path):
+@pytest.mark.parametrize(('file', 'steps'), [('config_file', 33), ('streamed_file', 15)])
+def test_killed_three_times_it_ends_with_the_same_bytes(file, steps, clean_env, tmp_path, request):
   """kill -9 in mid-epoch, and the same command again: as if it had never been killed."""
+  config_file = request.getfixturevalue(file)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   environment = {**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
   subprocess.run(_command(config_file, whole), env=environment, check=True, capture_output=True)
@@ -74,7 +76,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(config_file, clean_env, 
   subprocess.run(_command(config_file, killed), env=environment, check=True, capture_output=True)
 
   assert _without_times(killed) == _without_times(whole)
-  expected, got = _arrays(whole, 33), _arrays(killed, 33)
+  expected, got = _arrays(whole, steps), _arrays(killed, steps)
   assert got.keys() == expected.keys() and any('ema' in name for name in got)
   for name, array in expected.items():
     assert got[name].tobytes() == array.tobytes(), name

@@ -64,6 +64,7 @@ def batch_of(size=16, seed=0):
   return {
     'image': jnp.asarray(rng.integers(0, 256, (size, 8, 8, 3)), jnp.uint8),
     'label': jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
+    'mask': jnp.ones(size),
   }
 
 
@@ -275,6 +276,18 @@ def test_the_target_is_the_smoothed_label():
   target = np.full((16, CLASSES), smoothing / CLASSES)
   target[np.arange(16), batch['label']] += 1 - smoothing
   assert float(loss) == pytest.approx(-(target @ log_p).mean(), rel=1e-6)
+
+
+def test_an_image_that_is_missing_has_no_loss():
+  def loss(**changes):
+    step, state = build(Probe())
+    return float(step(state, batch | changes)[1])
+
+  batch, there = batch_of(), jnp.arange(16) < 5
+  some, others = loss(mask=there * 1.0), loss(mask=~there * 1.0)
+  assert some + others == pytest.approx(loss(), rel=1e-6)
+  label = jnp.where(there, batch['label'], (batch['label'] + 1) % CLASSES)
+  assert loss(label=label, mask=there * 1.0) == some
 
 
 def test_the_window_holds_means_over_its_steps_and_the_last_rate():

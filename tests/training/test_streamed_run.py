@@ -1,0 +1,174 @@
+"""Whole runs on the streaming engine, and what is scored besides."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from cvt_flax.errors import UserError
+from cvt_flax.training import loop
+from cvt_flax.training.metrics import read_metrics
+from cvt_flax.training.sharding import make_mesh, prefetch, split_batch
+
+
+def losses(folder):
+  lines = read_metrics(folder / 'metrics.jsonl')
+  return [line['train/loss'] for line in lines if 'train/loss' in line]
+
+
+@pytest.fixture(scope='module')
+def finished(streamed_file, tmp_path_factory):
+  """A finished run: (its config, its folder, what run() returned)."""
+  names = {}
+  exec(streamed_file.read_text(), names)
+  config = names['get_config']()
+  folder = tmp_path_factory.mktemp('runs') / 'streamed'
+  return config, folder, loop.run(config, folder)
+
+
+def test_a_streamed_run_learns(finished):
+  _, folder, result = finished
+  assert result['test/images'] == 24 and result['test/top1'] >= 0.9
+  lines = read_metrics(folder / 'metrics.jsonl')
+  assert [m['step'] for m in lines if 'val/top1' in m] == [5, 10, 15]
+  assert lines[-2]['val/images'] == 10
+
+
+def test_processes_and_devices_change_nothing(finished, tmp_path):
+  config, folder, result = finished
+  config = config.copy_and_resolve_references()
+  config.stream.workers = 2
+  assert loop.run(config, tmp_path / 'workers') == result
+  assert losses(tmp_path / 'workers') == losses(folder)
+  config.mesh.data = 4
+  loop.run(config, tmp_path / 'devices')
+  np.testing.assert_allclose(losses(tmp_path / 'devices'), losses(folder), rtol=2e-6)
+
+
+def test_pictures_that_are_added_are_refused(finished, pictures, tmp_path):
+  config, folder, _ = finished
+  run, more = (
+    shutil.copytree(folder, tmp_path / 'run'),
+    shutil.copytree(pictures, tmp_path / 'tiny'),
+  )
+  config = config.copy_and_resolve_references()
+  shutil.copy(more / 'train/dark/0.png', more / 'train/dark/new.png')
+  config.source = f'folder:{more}'
+  record = (run / 'experiment.json').read_text()
+  (run / 'experiment.json').write_text(record.replace(str(pictures), str(more)))
+  with pytest.raises(UserError, match='the images of .* have changed since the run'):
+    loop.run(config, run)
+  (more / 'train/dark/new.png').unlink()
+  assert loop.run(config, run)['test/images'] == 24  # the same pictures in another place
+
+
+def test_a_run_may_be_given_in_steps(streamed, tmp_path, capsys):
+  streamed.epochs, streamed.steps = 10, 7  # epochs as they are by default
+  streamed.optimizer.warmup_epochs = 1.2
+  result = loop.run(streamed, tmp_path / 'run')
+  lines = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+  assert [m['step'] for m in lines if 'val/top1' in m] == [5, 7]
+  assert lines[-1]['step'] == 7 and lines[-1]['epoch'] == pytest.approx(1.4)
+  assert 'test/top1' in result and '1.4 epochs of 5 steps' in capsys.readouterr().out
+  streamed.optimizer.warmup_epochs = 1.5
+  with pytest.raises(UserError, match=r'warmup_epochs goes up to epoch 1.5, but steps=7 are 1.40'):
+    loop.run(streamed, tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+@pytest.mark.parametrize('engine', ['resident', 'stream'])
+def test_an_unreadable_picture(streamed, pictures, tmp_path, capsys, engine):
+  copy = shutil.copytree(pictures, tmp_path / 'tiny')
+  (copy / 'train/dark/20.png').write_bytes(b'not a picture')
+  (copy / 'test/dark/4.png').write_bytes(b'not a picture')
+  streamed.source, streamed.eval.holdout, streamed.epochs = f'folder:{copy}', 0.0, 2
+  streamed.engine = engine
+  if engine == 'resident':
+    streamed.augment.crop_scale, streamed.augment.rand_augment = (), ''
+  with pytest.raises(
+    UserError, match=r'^tiny/train/dark/20.png|/train/dark/20.png is not an image'
+  ):
+    loop.run(streamed, tmp_path / 'run')
+  streamed.skip_unreadable = True
+  result = loop.run(streamed, tmp_path / 'run')
+  assert result['test/images'] == 23
+  printed = capsys.readouterr().out
+  assert printed.count('left out') == 2  # not once more in every epoch
+
+
+# Evaluation sets.
+
+
+def test_sets_are_scored_beside_the_test_split(finished, pictures, tmp_path, capsys):
+  config, folder, result = finished
+  bright = tmp_path / 'bright_only.npz'  # the classes in another order than the folder's
+  rng = np.random.default_rng(0)
+  pixels = rng.normal(170, 40, (7, 12, 12, 3)).clip(0, 255).astype(np.uint8)
+  np.savez(bright, x_test=pixels, y_test=np.ones(7, int), class_names=np.array(['dark', 'bright']))
+  config = config.copy_and_resolve_references()
+  config.eval.sets = (f'folder:{pictures}', f'npz:{bright}')
+  metrics = loop.run(config, folder, mode='eval')
+  assert metrics['tiny/images'] == 24 and metrics['bright_only/images'] == 7
+  for name in ('top1', 'top5', 'per_class'):
+    assert metrics[f'tiny/{name}'] == metrics[f'test/{name}'] == result[f'test/{name}']
+  assert metrics['bright_only/per_class'] == [1, None]
+  assert 'bright_only: top-1' in capsys.readouterr().out
+  again = loop.run(config, tmp_path / 'trained')
+  assert {k: v for k, v in again.items() if 'only' in k} == {
+    k: v for k, v in metrics.items() if 'only' in k
+  }
+
+
+def test_sets_that_cannot_be_told_apart_are_refused(streamed, pictures, tmp_path):
+  for sets in ((f'folder:{pictures}',) * 2, ('folder:x/val',)):
+    streamed.eval.sets = sets
+    with pytest.raises(UserError, match='names other metrics as well'):
+      loop.run(streamed, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_source_of_several_labels_cannot_be_trained_on(streamed, monkeypatch, tmp_path):
+  from cvt_flax.data.files import FileSplit
+
+  monkeypatch.setattr(FileSplit, 'multi_label', True)
+  with pytest.raises(UserError, match=r"several labels an image; score it by eval.sets=\('folder:"):
+    loop.run(streamed, tmp_path / 'run')
+
+
+def test_a_run_of_before_a_key_was_declared_goes_on(finished, tmp_path):
+  config, folder, result = finished
+  run = shutil.copytree(folder, tmp_path / 'run')
+  record = json.loads((run / 'experiment.json').read_text())
+  del record['config']['steps'], record['config']['eval']['sets'], record['config']['stream']
+  (run / 'experiment.json').write_text(json.dumps(record))
+  assert loop.run(config, run)['test/top1'] == result['test/top1']
+
+
+# What the engine hands to the devices.
+
+
+def test_prefetch_keeps_ahead_and_closes_what_it_reads_from():
+  mesh, taken, closed = make_mesh(4), [], []
+
+  def batches():
+    try:
+      for i in range(100):
+        taken.append(i)
+        yield {'x': np.full((8, 2), i, np.float32)}
+    finally:
+      closed.append(True)
+
+  feed = prefetch(batches(), mesh, ahead=3)
+  for i in range(5):
+    batch = next(feed)['x']
+    assert batch.sharding == split_batch(mesh)
+    np.testing.assert_array_equal(batch, np.full((8, 2), i))
+    assert len(taken) == i + 4
+  feed.close()
+  assert closed == [True]
+
+
+def test_all_batches_come_out_of_prefetch():
+  batches = ({'x': np.full((4,), i)} for i in range(3))
+  assert [int(b['x'][0]) for b in prefetch(batches, make_mesh(1), ahead=5)] == [0, 1, 2]
