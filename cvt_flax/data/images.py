@@ -128,8 +128,12 @@ def resize_and_crop(image: Image.Image, size: int, crop_ratio: float = 0.875) ->
   else:
     width, height = int(shorter * width / height), shorter
   left, top = round((width - size) / 2), round((height - size) / 2)
-  resized = image.resize((width, height), Image.Resampling.BICUBIC)
-  return np.asarray(resized.crop((left, top, left + size, top + size)))
+  # Pillow resizes the width first, then the height, with 8 bits in between. So the columns that the
+  # crop leaves out need no height: the same pixels for less.
+  image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+  image = image.crop((left, 0, left + size, image.height))
+  image = image.resize((size, height), Image.Resampling.BICUBIC)
+  return np.asarray(image.crop((0, top, size, top + size)))
 
 
 def _upright(image: Image.Image) -> Image.Image:

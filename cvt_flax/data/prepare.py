@@ -86,12 +86,15 @@ def prepare(
   """
   if source.partition(':')[0] not in ('folder', 'csv'):
     raise UserError(f'{source!r} is not made of image files (allowed: folder:DIR, csv:FILE)')
+  root = tfds_root(data_dir)
+  if '://' in root:
+    raise UserError(f'cannot write {root}: ArrayRecord writes to folders only; mount the bucket')
   _check_name(name)
   run = functools.partial(_in_threads, progress) if beam is None else _on_beam(beam)
   dataset = sources.load(source, holdout=0)
   _check_class_names(dataset.class_names)
   # Absolute, as Beam's workers may stand elsewhere.
-  folder = os.path.join(os.path.abspath(tfds_root(data_dir)), name, _VERSION)
+  folder = os.path.join(os.path.abspath(root), name, _VERSION)
   try:
     os.makedirs(folder)
   except FileExistsError as error:

@@ -12,6 +12,8 @@ image); of a split with several labels an image also 'labels' bool [b, k].
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import math
@@ -33,6 +35,9 @@ if typing.TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+_PIECE = 32  # images
+_AHEAD = 4  # pieces that each thread or process may have made and not been asked for
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _CORES_FOR_THREADS = 4  # above it, processes; see `_default_workers`
 
 
@@ -220,34 +225,37 @@ class _EvalRows(_Rows):
 
 def _batches(rows: _Rows, local: int, start: int, reading: Reading) -> Iterator[Batch]:
   """Yields batches of `local` rows, from batch `start` on."""
-  source = grain.MapDataset.source(rows)[start * local :]
+  # Images are made in pieces of a batch: one by one they would cost Grain more, and whole batches
+  # would wait for one worker each.
+  piece = math.gcd(local, _PIECE)
+  pieces = grain.MapDataset.source(rows)[start * local :].batch(piece)
   workers = reading.workers or _default_workers()
   if workers:
     if not flags.FLAGS.is_parsed():  # in a notebook; Grain asks absl for flags of its own
       flags.FLAGS.mark_as_parsed()
-    # Pieces, so that a batch is made by several processes, but not sent image by image.
-    piece = math.gcd(local, 32)
-    one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    batches = (
-      source.batch(piece)
-      .to_iter_dataset(one)
-      .mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-        worker_init_fn=_ignore_interrupts,
-      )
-      .batch(local // piece)
-      .map(lambda batch: {k: v.reshape(local, *v.shape[2:]) for k, v in batch.items()})
+    batches = pieces.to_iter_dataset(
+      grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    ).mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD),
+      worker_init_fn=_start_worker,
     )
   else:
-    threads = 2 * _cores()
-    batches = source.to_iter_dataset(
-      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=local + threads)
-    ).batch(local)
+    threads = 2 * _cores()  # as they wait for the disk, too
+    ahead = max(local // piece, _AHEAD * threads)
+    batches = pieces.to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    )
+  batches = batches.batch(local // piece).map(_join)
   iterator = iter(batches)
   try:
     yield from iterator
   finally:
     iterator.close()
+
+
+def _join(batch: Batch) -> Batch:
+  """Returns arrays [pieces, n, ...] as [pieces * n, ...]."""
+  return {name: value.reshape(-1, *value.shape[2:]) for name, value in batch.items()}
 
 
 def _cores() -> int:
@@ -258,12 +266,19 @@ def _cores() -> int:
 def _default_workers() -> int:
   """Returns how many processes decode: none, so threads, where there are few cores.
 
-  About a sixth of the work holds Python's lock (benchmarks/input.py), so threads keep few cores busy.
+  Some of the work holds Python's lock (benchmarks/input.py), so threads keep few cores busy.
   Processes cost a copy of every batch and memory of their own, and start more slowly.
   """
   return _cores() if _cores() > _CORES_FOR_THREADS else 0
 
 
-def _ignore_interrupts(worker: int, workers: int) -> None:
-  """Leaves Ctrl-C, which a terminal sends to every process of a run, to the main process."""
+def _start_worker(worker: int, workers: int) -> None:
+  """Prepares a process that decodes."""
+  # Ctrl-C goes to every process of a terminal, and is for the main one.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # glibc gives the memory of a decoded image back to the system at once, and to get it again for the
+  # next one takes 5 % of the time. Elsewhere there is no mallopt.
+  with contextlib.suppress(OSError, AttributeError):
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**27)

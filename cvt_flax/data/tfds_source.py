@@ -57,8 +57,8 @@ class TfdsSplit(Split):
   @functools.cached_property
   def labels(self) -> np.ndarray:
     path = labels_file(self.records.dataset_info.data_dir, self.records.split)
-    if os.path.exists(path):
-      return np.load(path)
+    if path.exists():
+      return np.load(io.BytesIO(path.read_bytes()))
     return np.fromiter((example.label for example in self), np.int32, len(self))
 
   @property
@@ -105,9 +105,14 @@ def tfds_root(data_dir: str) -> str:
   return os.path.expanduser(data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'))
 
 
-def labels_file(folder: str, split: str) -> str:
-  """Returns the path of the .npy file, int32 [N], that may hold a split's labels."""
-  return os.path.join(folder, f'{split}_labels.npy')
+def labels_file(folder: str, split: str) -> typing.Any:
+  """Returns the path of the .npy file, int32 [N], that may hold a split's labels.
+
+  It is a path of TFDS, which may lead into a bucket.
+  """
+  import tensorflow_datasets as tfds
+
+  return tfds.core.Path(folder) / f'{split}_labels.npy'
 
 
 def load_tfds(name: str, data_dir: str) -> Dataset:
@@ -141,13 +146,14 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
       f'tfds:{name} is not made of image (Image) and label (ClassLabel); it has {found}'
     )
   class_names = tuple(features[keys[0]].names)
+  # Masks too: those of oxford_iiit_pet would be decoded for nothing.
+  pictures = [key for key, f in features.items() if isinstance(f, tfds.features.Image)]
+  encoded = dict.fromkeys(pictures, tfds.decode.SkipDecoding())
   splits = {}
   for split, aliases in SPLIT_NAMES.items():
     name_there = next((alias for alias in aliases if alias in builder.info.splits), None)
     if name_there:
-      records = builder.as_data_source(
-        split=name_there, decoders={'image': tfds.decode.SkipDecoding()}
-      )
+      records = builder.as_data_source(split=name_there, decoders=encoded)
       splits[split] = TfdsSplit(f'{builder.name} {name_there}', records, len(class_names), *keys)
   if 'test' in splits and not splits['test'].has_labels():
     del splits['test']

@@ -193,6 +193,14 @@ def test_what_is_there_stays(folder, tmp_path):
   assert message == f'cannot write {tmp_path}/file/a/1.0.0: Not a directory'
 
 
+def test_a_bucket(folder, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert error_of(prepare.prepare, f'folder:{folder}', 'a', data_dir='gs://bucket/tfds') == (
+    'cannot write gs://bucket/tfds: ArrayRecord writes to folders only; mount the bucket'
+  )
+  assert not (tmp_path / 'gs:').exists()
+
+
 def test_failing_leaves_nothing(folder, tmp_path):
   bad = folder / 'train/bee/3.JPEG'
   options = {'data_dir': str(tmp_path / 'tfds')}
