@@ -276,8 +276,8 @@ def _start_worker(worker: int, workers: int) -> None:
   """Prepares a process that decodes."""
   # Ctrl-C goes to every process of a terminal, and is for the main one.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  # glibc gives the memory of a decoded image back to the system at once, and to get it again for the
-  # next one takes 5 % of the time. Elsewhere there is no mallopt.
+  # glibc would give the memory of every decoded image back to the system, which takes time to get
+  # again for the next one. Elsewhere there is no mallopt.
   with contextlib.suppress(OSError, AttributeError):
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
