@@ -25,6 +25,8 @@ class _Rows:
 
 def load_csv(file: str) -> Dataset:
   """Reads a list of images; see `sources.load` for its form."""
+  if not file:
+    raise UserError("source 'csv:' names no file: csv:FILE is needed")
   path = os.path.expanduser(file)
   splits, first_lines = {}, {}  # _Rows of each split; the line where a class is first seen
   try:

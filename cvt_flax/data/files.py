@@ -18,6 +18,24 @@ from cvt_flax.data.dataset import Example, Split, sha256
 from cvt_flax.errors import UserError
 
 _BLOCK = 64  # names; to look one up takes 10 microseconds, and larger blocks are hardly smaller
+_OPEN_FILES = 8_192
+
+
+def allow_open_files() -> None:
+  """Raises the number of files that this process, and those it starts, may have open.
+
+  ArrayRecord keeps every file open that it has read from, and TFDS's ImageNet has 1,024 for train;
+  what processes hand each other is a file, too. Many systems allow 1,024 to a program that does not
+  ask for more.
+  """
+  try:
+    import resource
+  except ImportError:  # Windows
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class NamePacker:

@@ -17,16 +17,20 @@ import ctypes
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 import signal
+import threading
 import typing
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
 from absl import flags
 
 from cvt_flax.data import images
+from cvt_flax.data.files import allow_open_files
 from cvt_flax.errors import UserError
 from cvt_flax.rng import Stream
 
@@ -37,6 +41,7 @@ Batch = dict[str, np.ndarray]
 
 _PIECE = 32  # images
 _AHEAD = 4  # pieces that each thread or process may have made and not been asked for
+_SHARED = 2**16  # bytes: smaller arrays are sent; a piece of shared memory is an open file
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _CORES_FOR_THREADS = 4  # above it, processes; see `_default_workers`
 
@@ -225,37 +230,79 @@ class _EvalRows(_Rows):
 
 def _batches(rows: _Rows, local: int, start: int, reading: Reading) -> Iterator[Batch]:
   """Yields batches of `local` rows, from batch `start` on."""
-  # Images are made in pieces of a batch: one by one they would cost Grain more, and whole batches
-  # would wait for one worker each.
-  piece = math.gcd(local, _PIECE)
-  pieces = grain.MapDataset.source(rows)[start * local :].batch(piece)
+  # Images are made in pieces: one by one they would cost Grain more, and whole batches would each
+  # wait for one worker.
+  pieces = grain.MapDataset.source(rows)[start * local :].batch(_PIECE)
   workers = reading.workers or _default_workers()
   if workers:
-    if not flags.FLAGS.is_parsed():  # in a notebook; Grain asks absl for flags of its own
-      flags.FLAGS.mark_as_parsed()
-    batches = pieces.to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    ).mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD),
-      worker_init_fn=_start_worker,
-    )
+    yield from _regrouped(_from_processes(pieces, workers), local)
   else:
     threads = 2 * _cores()  # as they wait for the disk, too
-    ahead = max(local // piece, _AHEAD * threads)
-    batches = pieces.to_iter_dataset(
-      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    )
-  batches = batches.batch(local // piece).map(_join)
-  iterator = iter(batches)
+    ahead = max(math.ceil(local / _PIECE), _AHEAD * threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    yield from _regrouped(_closing(pieces.to_iter_dataset(options)), local)
+
+
+def _regrouped(pieces: Iterator[Batch], local: int) -> Iterator[Batch]:
+  """Yields the rows of pieces in batches of `local`, copied out of the memory of who made them."""
+  parts, have = [], 0
+  with contextlib.closing(pieces):
+    for piece in pieces:
+      parts.append(piece)
+      have += len(piece['index'])
+      while have >= local:
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in piece}
+        yield {name: value[:local] for name, value in rows.items()}
+        have -= local
+        parts = [{name: value[local:] for name, value in rows.items()}] if have else []
+
+
+def _closing(pieces: grain.IterDataset) -> Iterator[Batch]:
+  """Yields what a Grain data set has, and ends its threads or processes when it is closed."""
+  iterator = iter(pieces)
   try:
     yield from iterator
   finally:
     iterator.close()
 
 
-def _join(batch: Batch) -> Batch:
-  """Returns arrays [pieces, n, ...] as [pieces * n, ...]."""
-  return {name: value.reshape(-1, *value.shape[2:]) for name, value in batch.items()}
+def _from_processes(pieces: grain.MapDataset, workers: int) -> Iterator[Batch]:
+  """Yields pieces that processes make.
+
+  Raises:
+    UserError: they cannot be started.
+  """
+  if not flags.FLAGS.is_parsed():  # in a notebook; Grain asks absl for flags of its own
+    flags.FLAGS.mark_as_parsed()
+  allow_open_files()  # each piece that is ahead is one
+  made = _closing(
+    grain.experimental.WithOptionsIterDataset(
+      pieces.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
+      grain.experimental.DatasetOptions(min_shm_size=_SHARED),
+    ).mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD),
+      worker_init_fn=_start_worker,
+    )
+  )
+  # Ctrl-C and SIGTERM often go to all processes of a run and are for the main one: the workers, and
+  # the threads that start them, inherit that they are blocked.
+  resource_tracker.ensure_running()  # or its start would unblock them
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  try:
+    first = next(made, None)
+  except RuntimeError as error:
+    raise UserError(
+      'a process that decodes images ended before its first ones: a script that trains needs '
+      "`if __name__ == '__main__':` around what it does, or the memory is too little for "
+      f'stream.workers={workers}'
+    ) from error
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+  with contextlib.closing(made):
+    if first is not None:
+      yield first
+      del first
+      yield from made
 
 
 def _cores() -> int:
@@ -274,11 +321,16 @@ def _default_workers() -> int:
 
 def _start_worker(worker: int, workers: int) -> None:
   """Prepares a process that decodes."""
-  # Ctrl-C goes to every process of a terminal, and is for the main one.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   # glibc would give the memory of every decoded image back to the system, which takes time to get
   # again for the next one. Elsewhere there is no mallopt.
   with contextlib.suppress(OSError, AttributeError):
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**27)
+
+
+def _end_with_parent() -> None:
+  """Ends this process when the main one is killed, which cannot say so."""
+  multiprocessing.parent_process().join()
+  os._exit(1)

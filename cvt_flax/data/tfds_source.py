@@ -21,9 +21,8 @@ import numpy as np
 from PIL import Image
 
 from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split, sha256, wrong_label
+from cvt_flax.data.files import allow_open_files
 from cvt_flax.errors import UserError, nearest
-
-_OPEN_FILES = 8_192
 
 # The command line of TFDS imports all of these, and they want older versions of packages that
 # this project needs: hence an environment of their own.
@@ -127,7 +126,7 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
         f'tfds:{name} is not prepared in {root}; {_how_to_prepare(builder, name, root)}'
       )
     _prepare_cifar(builder, root)
-  _allow_open_files()
+  allow_open_files()
   # From its files, not its code: only so does TFDS see formats that were added later.
   builder = tfds.builder_from_directory(builder.data_dir)
   formats = sorted(f.value for f in builder.info.available_file_formats())
@@ -163,20 +162,6 @@ def load_tfds(name: str, data_dir: str) -> Dataset:
       f'{", ".join(builder.info.splits)}'
     )
   return Dataset(builder.name, class_names, **splits)
-
-
-def _allow_open_files() -> None:
-  """Raises the number of files that this process, and those it starts, may have open.
-
-  ArrayRecord keeps every file open that it has read from. TFDS's ImageNet has 1,024 for train, and
-  1,024 files are what many systems allow a program that does not ask for more.
-  """
-  import resource  # not on Windows, as ArrayRecord
-
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-  if soft != resource.RLIM_INFINITY and soft < wanted:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _label_keys(features: dict) -> tuple[str, str] | None:

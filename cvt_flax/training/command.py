@@ -109,6 +109,8 @@ def _config_error(path, error):
   frames = traceback.extract_tb(error.__traceback__)
   lines = [f.lineno for f in frames if pathlib.Path(f.filename).absolute() == path.absolute()]
   where = f'{path}, line {lines[-1]}' if lines else path
+  if isinstance(error, TypeError) and 'get_config() takes 0 positional' in str(error):
+    return UserError(f'{path} has no variants: --config={path} is all')
   return UserError(f'{where}: {type(error).__name__}: {_one_line(error)}')
 
 

@@ -60,7 +60,7 @@ _ENCODED = (
   lambda c: c.source.startswith(('tfds:', 'folder:', 'csv:')),
   'source is tfds:NAME, folder:DIR or csv:FILE, whose images have to be decoded',
 )
-_NO_STEPS = (lambda c: not c.steps, 'steps is 0')
+_NO_STEPS = (lambda c: not c.steps, 'steps is 0; to train by steps, give epochs=10, its default')
 _RESIDENT = (lambda c: c.engine == 'resident', 'engine is resident')
 _STREAM = (lambda c: c.engine == 'stream', 'engine is stream')
 _RANDOM_CROP = (

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from clu import metrics
 
+from cvt_flax.errors import UserError
 from cvt_flax.ops.pixels import normalize_pixels
 
 
@@ -113,6 +114,9 @@ def evaluate(batch_metrics: Iterable[EvalMetrics | MultiLabelMetrics]) -> dict:
   Fractions are from 0 to 1; 'images' is how many were counted, 'per_class' a list with one share a
   class, None for a class without images. Where images have several labels, 'loss' and 'per_class'
   are left out. Without a batch the result is {}.
+
+  Raises:
+    UserError: there are batches, but every image of them is masked.
   """
   total = None
   for metrics_of_batch in batch_metrics:
@@ -120,6 +124,8 @@ def evaluate(batch_metrics: Iterable[EvalMetrics | MultiLabelMetrics]) -> dict:
   if total is None:
     return {}
   total = jax.device_get(total)
+  if not total.top1.count:
+    raise UserError('no image can be scored: none can be read, or none has a label')
   result = {
     'top1': float(total.top1.total / total.top1.count),
     'top5': float(total.top5.total / total.top5.count),

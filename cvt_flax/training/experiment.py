@@ -30,8 +30,17 @@ _FREE = (
   'stream.workers',
 )
 _FREE_GROUPS = ('mesh.', 'checkpoint.')
-# What may differ besides when a run is only evaluated.
-_FREE_IN_EVALUATION = ('source', 'batch_size')
+# All that an evaluation depends on, with the group model.* less what belongs to who computes.
+_OF_EVALUATION = (
+  'image_size',
+  'crop_ratio',
+  'mean',
+  'std',
+  'seed',
+  'eval.holdout',
+  'optimizer.ema_decay',
+)
+_OF_COMPUTING = ('model.dtype', 'model.bn_group_size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +171,11 @@ def check_config(
   changed = {
     name: pair
     for name, pair in differences(saved, now).items()
-    if name not in _FREE
-    and not name.startswith(_FREE_GROUPS)
-    and not (evaluation and name in _FREE_IN_EVALUATION)
+    if (
+      name in _OF_EVALUATION or name.startswith('model.') and name not in _OF_COMPUTING
+      if evaluation
+      else name not in _FREE and not name.startswith(_FREE_GROUPS)
+    )
   }
   if changed:
     words = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())

@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import math
+import multiprocessing
 import pathlib
+import sys
 import time
 
 import jax
@@ -46,6 +48,10 @@ def run(
     Diverged: the loss stopped being finite; the last good checkpoint is kept.
     Interrupted: SIGTERM or Ctrl-C came; the state was saved.
   """
+  # A process that decodes images imports the script it belongs to, and one without a guard would
+  # train once more in there: the main process says what is missing.
+  if getattr(multiprocessing.current_process(), '_inheriting', False):
+    sys.exit(1)
   config = freeze(config)
   folder = pathlib.Path(workdir or f'runs/{config.name or "run"}-seed{config.seed}')
   match mode:
@@ -72,7 +78,8 @@ def _train(config, folder):
     metrics = folder / 'metrics.jsonl'
     if start == training.total_steps:
       for line in read_metrics(metrics):
-        if line['step'] == start and 'checkpoint' in line:
+        scored = all(f'{each.name}/top1' in line for each in training.sets)
+        if line['step'] == start and 'checkpoint' in line and scored:
           print(f'{folder} is finished')
           return _report(training, _with_validation(line, metrics))
     state = training.init()

@@ -104,10 +104,14 @@ class Setup:
 
     self.engine = ENGINES[config.engine](config, self.mesh)
     self._eval_step = self._jitted_evaluation(self.engine)
-    self.sets = self._open_sets()
+    self.sets = self._open_sets(weights)
 
-  def _open_sets(self) -> list[evaluation_sets.EvaluationSet]:
-    config, names = self.config, [evaluation_sets.set_name(s) for s in self.config.eval.sets]
+  def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
+    data, config = self.dataset, self.config
+    names = [evaluation_sets.set_name(s) for s in config.eval.sets]
+    only_train = data.test is None and (data.validation is None or data.held_out.size)
+    if config.source in config.eval.sets and only_train and not weights:
+      raise UserError(f'eval.sets: {config.source} has no images but those that are trained on')
     for name in names:
       if name in ('train', 'val', 'test') or names.count(name) > 1:
         raise UserError(f'eval.sets={config.eval.sets!r}: {name!r} names other metrics as well')

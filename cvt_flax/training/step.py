@@ -128,6 +128,7 @@ def make_train_step(
     )
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
+    correct &= jnp.any(targets > 0, -1)  # no hit where there is no image
     return loss, (updates.get('batch_stats', {}), jnp.mean(correct, dtype=jnp.float32))
 
   def gradients(state, images, targets):

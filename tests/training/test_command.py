@@ -71,7 +71,7 @@ WRONG = {
     ['--config=configs/cvt13_cifar10.py:small'],
     r'cvt13_cifar10\.py:small: .*small_images',
   ),
-  'variant of a config without any': ([f'{DIGITS}:big'], r'digits\.py.*get_config\(\) takes'),
+  'variant of a config without any': ([f'{DIGITS}:big'], r'digits\.py has no variants'),
   'wrong type of a number': ([DIGITS, '--config.epochs=many'], r"config\.epochs=many.*'many'"),
   'a fraction for an integer': ([DIGITS, '--config.epochs=1.5'], r'config\.epochs=1\.5'),
   'wrong type of a boolean': (

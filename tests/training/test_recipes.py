@@ -227,7 +227,7 @@ def test_repeats_are_dealt_to_the_groups_of_batch_norm(monkeypatch):
   monkeypatch.setattr(
     stream,
     'train_batches',
-    lambda split, transform, order, *_, **__: iter(orders.append(order) or ()),
+    lambda split, transform, order, *_, **__: (batch for batch in orders.append(order) or ()),
   )
   split = array_source.ArraySplit(
     'x', np.zeros((4096, 1, 1, 3), np.uint8), np.zeros(4096, np.int32)

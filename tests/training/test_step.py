@@ -171,11 +171,10 @@ def trajectory(source, tmp_path_factory):
         run = setup.TrainingSetup(config, tmp_path_factory.mktemp('runs') / 'none')
       assert run.steps_per_epoch == 4
       state, losses = run.init(), []
-      step = run.step.lower(state, run.train_arrays, run.order(0)).compile()
-      for t in range(10):
-        if t % run.steps_per_epoch == 0:
-          order = run.order(t // run.steps_per_epoch)
-        state, loss = step(state, run.train_arrays, order)
+      step = None
+      for fed in run.engine.feed_training(run.train_data, 0, 10):
+        step = step or run.step.lower(state, *fed).compile()
+        state, loss = step(state, *fed)
         assert len(loss.sharding.device_set) == devices
         losses.append(float(loss))
       cache[devices, bn_group_size] = Trajectory(losses, jax.device_get(state), step.as_text())

@@ -1,7 +1,14 @@
 """Whole runs on the streaming engine, and what is scored besides."""
 
+import contextlib
 import json
+import os
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +17,8 @@ from cvt_flax.errors import UserError
 from cvt_flax.training import loop
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.training.sharding import make_mesh, prefetch, split_batch
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def losses(folder):
@@ -114,6 +123,8 @@ def test_sets_are_scored_beside_the_test_split(finished, pictures, tmp_path, cap
     assert metrics[f'tiny/{name}'] == metrics[f'test/{name}'] == result[f'test/{name}']
   assert metrics['bright_only/per_class'] == [1, None]
   assert 'bright_only: top-1' in capsys.readouterr().out
+  copy = shutil.copytree(folder, tmp_path / 'copy')  # a finished run is scored on what is new
+  assert loop.run(config, copy)['bright_only/top1'] == metrics['bright_only/top1']
   again = loop.run(config, tmp_path / 'trained')
   assert {k: v for k, v in again.items() if 'only' in k} == {
     k: v for k, v in metrics.items() if 'only' in k
@@ -125,6 +136,11 @@ def test_sets_that_cannot_be_told_apart_are_refused(streamed, pictures, tmp_path
     streamed.eval.sets = sets
     with pytest.raises(UserError, match='names other metrics as well'):
       loop.run(streamed, tmp_path / 'run')
+  flat = shutil.copytree(pictures / 'train', tmp_path / 'flat')
+  streamed.source = f'folder:{flat}'
+  streamed.eval.sets = (streamed.source,)
+  with pytest.raises(UserError, match='has no images but those that are trained on'):
+    loop.run(streamed, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
@@ -143,6 +159,102 @@ def test_a_run_of_before_a_key_was_declared_goes_on(finished, tmp_path):
   del record['config']['steps'], record['config']['eval']['sets'], record['config']['stream']
   (run / 'experiment.json').write_text(json.dumps(record))
   assert loop.run(config, run)['test/top1'] == result['test/top1']
+
+
+# Processes that decode.
+
+
+def start_with_workers(streamed_file, clean_env, folder):
+  """Starts train.py in a process group of its own, as a terminal does; returns when it trains."""
+  process = subprocess.Popen(
+    [
+      sys.executable,
+      str(REPOSITORY / 'train.py'),
+      f'--config={streamed_file}',
+      f'--workdir={folder}',
+      '--config.stream.workers=2',
+      '--config.epochs=400',
+    ],
+    env={**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS'], 'PYTHONUNBUFFERED': '1'},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  return process
+
+
+def wait_for(process, word):
+  for line in process.stdout:
+    if word in line:
+      return
+  raise AssertionError(process.stderr.read())
+
+
+def assert_ended(group):
+  """Waits until no process of a group is alive; what nobody has asked the end of does not count."""
+  deadline = time.monotonic() + 30
+  while time.monotonic() < deadline:
+    alive = []
+    for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+      with contextlib.suppress(OSError):  # it ended meanwhile
+        _, _, fields = path.read_text().rpartition(') ')
+        state, _, of_group = fields.split()[:3]
+        if int(of_group) == group and state != 'Z':
+          alive.append(path)
+    if not alive:
+      return
+    time.sleep(0.1)
+  raise AssertionError(f'still there: {alive}')
+
+
+@pytest.mark.parametrize(
+  ('number', 'code', 'word', 'seconds'),
+  [
+    (signal.SIGINT, 130, 'run folder', 1.0),  # while processes start
+    (signal.SIGTERM, 75, 'validation:', 0.0),
+    (signal.SIGINT, 130, 'validation:', 0.7),  # while those of the next evaluation start
+  ],
+)
+def test_a_signal_to_all_processes_saves_and_says_so(
+  streamed_file, clean_env, tmp_path, number, code, word, seconds
+):
+  process = start_with_workers(streamed_file, clean_env, tmp_path / 'run')
+  wait_for(process, word)
+  time.sleep(seconds)
+  os.killpg(process.pid, number)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == code, errors
+  assert 'saved step' in errors and 'Traceback' not in errors and 'leaked' not in errors
+  assert_ended(process.pid)
+
+
+def test_processes_end_with_a_run_that_is_killed(streamed_file, clean_env, tmp_path):
+  process = start_with_workers(streamed_file, clean_env, tmp_path / 'run')
+  wait_for(process, 'first step')
+  process.kill()
+  process.communicate()
+  assert_ended(process.pid)
+
+
+def test_a_script_without_a_guard_is_told_of_it(streamed_file, clean_env, tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text(f"""
+{streamed_file.read_text()}
+import cvt_flax
+
+config = get_config()
+config.stream.workers = 2
+try:
+  cvt_flax.train(config, {str(tmp_path / 'run')!r})
+except Exception as error:
+  print(type(error).__name__, error)
+""")
+  done = subprocess.run(
+    [sys.executable, str(script)], env=clean_env, capture_output=True, text=True, timeout=120
+  )
+  assert done.stdout.count('UserError') == 1
+  assert "needs `if __name__ == '__main__':`" in done.stdout and 'Traceback' not in done.stderr
 
 
 # What the engine hands to the devices.
