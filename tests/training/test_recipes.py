@@ -18,6 +18,7 @@ from cvt_flax.training.metrics import read_metrics
 from cvt_flax.training.optimizer import make_schedule, peak_learning_rate
 from cvt_flax.training.setup import build_model
 from cvt_flax.training.sharding import make_mesh
+from tests.training.test_optimizer import OFFICIAL
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 
@@ -68,28 +69,12 @@ def test_official_experiments_are_their_yaml(name):
   assert (c.mean, c.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-# 0.002 at 2,048 images: warm-up from 1e-6 in 5 epochs, cosine to 1e-5 at 300, constant in an epoch.
-RATES = {
-  0: 1e-6,
-  1: 4.008e-4,
-  2: 8.006e-4,
-  3: 1.2004e-3,
-  4: 1.6002e-3,
-  5: 1.99864e-3,
-  10: 1.99455e-3,
-  100: 1.5025e-3,
-  150: 1.005e-3,
-  200: 5.075e-4,
-  299: 1.00546e-5,
-}
-
-
 @pytest.mark.parametrize('name', YAML)
 def test_official_experiments_have_the_official_learning_rates(name):
   c = freeze(load(name))
   peak = peak_learning_rate(c.optimizer, c.learning_rate, c.batch_size)
   schedule = make_schedule(c.optimizer, peak, 300 * 625, 625)
-  for epoch, rate in RATES.items():
+  for epoch, rate in OFFICIAL.items():
     for step in (epoch * 625, epoch * 625 + 624):
       assert float(schedule(step)) == pytest.approx(rate, rel=3e-5), (epoch, step)
 
@@ -216,7 +201,7 @@ def test_imagenet_is_trained_on_from_tfds_at_the_official_rates(imagenet2012, tm
   lines = read_metrics(tmp_path / 'metrics.jsonl')
   rates = {line['step'] - 1: line['train/learning_rate'] for line in lines if 'train/loss' in line}
   assert len(rates) == 300
-  for epoch, rate in RATES.items():
+  for epoch, rate in OFFICIAL.items():
     assert rates[epoch] == pytest.approx(rate, rel=3e-5)
 
 
