@@ -1,8 +1,8 @@
 """Images in files of their own, with as little memory a name as makes 14 million of them no matter.
 
 Names repeat each other (n01440764/n01440764_10026.JPEG), so they are kept in compressed blocks:
-about 4 bytes a name of ImageNet, in place of 30, or of over 100 as a Python string. Every process
-that reads a split has its own copy.
+a few bytes a name of ImageNet, in place of 30, and of more as a Python string. Every process that
+reads a split has its own copy.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from cvt_flax.data.dataset import Example, Split, sha256
 from cvt_flax.errors import UserError
 
-_BLOCK = 64  # names; to look one up takes 10 microseconds, and larger blocks are hardly smaller
+_BLOCK = 64  # names: to look one up is quick, and larger blocks are hardly smaller
 _OPEN_FILES = 8_192
 
 

@@ -173,3 +173,7 @@ def test_the_digest_tells_what_is_listed(tmp_path):
   others = {digest(*rows[:-1]), digest(*rows, '100,a'), digest(*rows[1:], rows[0]),
             digest('x,a', *rows[1:]), digest('0,b', *rows[1:])}
   assert len(others | {first}) == 6
+
+
+def test_no_file_is_named():
+  assert error_of('csv:') == "source 'csv:' names no file: csv:FILE is needed"

@@ -161,11 +161,32 @@ def test_a_run_of_before_a_key_was_declared_goes_on(finished, tmp_path):
   assert loop.run(config, run)['test/top1'] == result['test/top1']
 
 
+def test_an_evaluation_goes_by_what_it_depends_on(finished):
+  config, folder, result = finished
+  config = config.copy_and_resolve_references()
+  config.engine, config.learning_rate = 'resident', 1.0
+  config.augment.crop_scale, config.augment.rand_augment = (), ''
+  assert loop.run(config, folder, mode='eval')['test/top1'] == result['test/top1']
+  config.model.activation = 'gelu'
+  with pytest.raises(UserError, match="another config .model.activation '' -> 'gelu'"):
+    loop.run(config, folder, mode='eval')
+
+
+def test_nothing_to_score_is_not_divergence(streamed, pictures, tmp_path):
+  copy = shutil.copytree(pictures, tmp_path / 'tiny')
+  for picture in (copy / 'test').rglob('*.png'):
+    picture.write_bytes(b'not a picture')
+  streamed.source, streamed.skip_unreadable, streamed.steps = f'folder:{copy}', True, 1
+  streamed.epochs, streamed.optimizer.warmup_epochs = 10, 0.0
+  with pytest.raises(UserError, match='^no image can be scored: none can be read'):
+    loop.run(streamed, tmp_path / 'run')
+
+
 # Processes that decode.
 
 
 def start_with_workers(streamed_file, clean_env, folder):
-  """Starts train.py in a process group of its own, as a terminal does; returns when it trains."""
+  """Starts train.py in a process group of its own, as a terminal does."""
   process = subprocess.Popen(
     [
       sys.executable,
