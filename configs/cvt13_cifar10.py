@@ -13,16 +13,12 @@ seventeen keys. It takes fourteen times the multiply-adds: use a GPU or TPU.
 """
 
 from cvt_flax.errors import UserError
-from cvt_flax.training.config import get_config as defaults
+from cvt_flax.training.recipes import cifar
 
 
 def get_config(variant=''):
-  config = defaults()
+  config = cifar('cifar10')
   config.name = 'cvt13_cifar10'
-  config.source = 'tfds:cifar10'
-  config.image_size = 32
-  # Of the 50,000 training images.
-  config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
   config.batch_size = 64  # ten epochs: what counts is how many steps they have
   config.epochs = 10
   config.learning_rate = 7e-4
@@ -32,8 +28,6 @@ def get_config(variant=''):
   config.optimizer.min_learning_rate = 1e-5
   config.optimizer.clip_norm = 1.0
   config.augment.crop_padding = 2
-  config.augment.flip = True
-  config.augment.label_smoothing = 0.1
   match variant:
     case '':
       pass

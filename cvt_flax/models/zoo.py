@@ -28,6 +28,14 @@ VARIANTS: dict[str, dict] = {
   ),
   'cvt-13-small-images': CVT_13 | SMALL_IMAGES,
   'cvt-21-small-images': CVT_21 | SMALL_IMAGES,
+  'cvt-small': SMALL_IMAGES
+  | dict(
+    embed_dims=(64, 128, 256),
+    depths=(1, 2, 5),
+    num_heads=(1, 2, 4),
+    kv_strides=(2, 2, 1),
+    drop_path_rates=(0.0, 0.0, 0.1),
+  ),
   'cvt-nano': dict(
     embed_dims=(32, 64, 96),
     depths=(1, 1, 2),

@@ -20,6 +20,7 @@ COUNTS = {
   'cvt-w24': (277_196_392, (931_200, 15_555_840, 259_682_304), 134_400),
   'cvt-13-small-images': (19_989_800, (54_016, 1_013_568, 18_536_448), 25_728),
   'cvt-21-small-images': (31_615_016, (54_016, 1_915_968, 29_259_264), 41_856),
+  'cvt-small': (5_077_608, (54_016, 479_104, 4_286_976), 9_600),
   'cvt-nano': (468_328, (14_720, 70_720, 285_696), 1_728),
 }
 # (model, classes) -> parameters: CIFAR-10, CIFAR-100, Oxford-IIIT Pets, Flowers-102.
@@ -46,7 +47,7 @@ GIGA_MULTIPLY_ADDS = {
   ('cvt-w24', 384): (194.222, 193.2),
 }
 
-FOR_SMALL_IMAGES = ['cvt-13-small-images', 'cvt-21-small-images', 'cvt-nano']
+FOR_SMALL_IMAGES = ['cvt-13-small-images', 'cvt-21-small-images', 'cvt-small', 'cvt-nano']
 ODD = (70, 45)
 
 

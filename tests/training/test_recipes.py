@@ -1,4 +1,4 @@
-"""The shipped ImageNet configs against the authors' yaml files, and one step of each of them."""
+"""The shipped configs: ImageNet's against the authors' yaml files, and one step of each of them."""
 
 import contextlib
 import importlib.util
