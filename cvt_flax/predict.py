@@ -65,7 +65,7 @@ def predict_images(
 
   Raises:
     UserError: the weights or an image cannot be read, there is no image, or the model has no
-      classifier.
+      classifier or is not for colour images.
   """
   import jax  # here, so that a command line with wrong arguments says so at once
   import jax.numpy as jnp
@@ -82,6 +82,8 @@ def predict_images(
   model, steps = weights.model, weights.description.preprocessing
   if not model.num_classes:
     raise UserError(f'{weights.source} has no classifier')
+  if model.in_channels != 3:
+    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
   if image_size:
     steps = dataclasses.replace(steps, image_size=image_size)
   size = steps.image_size

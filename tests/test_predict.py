@@ -204,6 +204,13 @@ def test_numbers_out_of_range(arguments, weights):
     list(predict_images(weights, [CHINA], **arguments))
 
 
+def test_a_model_for_other_than_colour_images(tmp_path):
+  model = GELU_MODEL.clone(in_channels=1)
+  save_pretrained(tmp_path / 'w', model, drawn_variables(model))
+  with pytest.raises(UserError, match='takes images of 1 channels, not of 3'):
+    list(predict_images(tmp_path / 'w', [CHINA]))
+
+
 def test_no_classifier(tmp_path):
   model = GELU_MODEL.clone(num_classes=0)
   save_pretrained(tmp_path / 'w', model, drawn_variables(model))

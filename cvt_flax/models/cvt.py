@@ -8,6 +8,7 @@ Shapes: b images, h w a map, n tokens (h w of a map, and one more where there is
 c channels of a stage. Maps are NHWC, tokens [b n c] in the order of the map's rows.
 """
 
+import functools
 import warnings
 
 import einops
@@ -25,7 +26,7 @@ from cvt_flax.models.layers import (
   dense_init,
   uniform_init,
 )
-from cvt_flax.models.options import StageOptions, resolve
+from cvt_flax.models.options import StageOptions, resolve, unknown_attribute
 from cvt_flax.ops.attention import attention
 from cvt_flax.ops.pooling import average_pool
 
@@ -203,7 +204,7 @@ class Stage(nn.Module):
       cls = self.param('cls_token', dense_init, (1, 1, c))
       cls = einops.repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=b)
       x = jnp.concatenate([cls, x], axis=1)
-    x = nn.Dropout(o.drop_rate, deterministic=not train)(x)
+    x = nn.Dropout(o.embed_drop_rate, deterministic=not train)(x)
     # The rate of drop path rises from zero inside every stage, as in the authors' code.
     for j, rate in enumerate(o.drop_path_schedule()):
       only = cls_only and j == o.depth - 1
@@ -241,18 +242,22 @@ class CvT(nn.Module):
     attention_scale: 'embed_dim' (scores times embed_dim ** -0.5, as the authors do) or 'head_dim'.
     qkv_bias, out_bias, mlp_bias: whether those linear layers have a bias.
     activation: 'quick_gelu' (the authors') or 'gelu' (exact).
-    drop_rates: dropout after the embedding, the attention's output and in the MLP; () is 0.
+    drop_rates: dropout of the attention's output and in the MLP; () is 0.
+    embed_drop_rates: dropout after the embedding; () is drop_rates.
     attn_drop_rates: dropout of the attention weights; () is 0.
     drop_path_rates: of the last block of the stage, rising linearly from 0 at the first; () is 0.
     pool: what the classifier reads: 'cls', the last stage's class token, or 'mean', the mean over
       its map.
     final_norm: whether a layer norm stands before the classifier (before the mean).
+    in_channels: of the images.
     bn_group_size: images over which a batch norm takes its training statistics; 0 is the whole
       batch, across all devices ('dw_bn').
     dtype: of the computation. Parameters, statistics, softmax and logits are float32.
 
   Raises:
-    ValueError: on construction, naming the attribute, when the attributes do not fit together.
+    ValueError: on construction, naming the attribute, when the attributes do not fit together; on
+      application, when the images have not in_channels.
+    TypeError: on construction, for a keyword that is none of these.
   """
 
   num_classes: int = 1000
@@ -276,10 +281,12 @@ class CvT(nn.Module):
   mlp_bias: bool = True
   activation: str = 'quick_gelu'
   drop_rates: tuple[float, ...] = ()
+  embed_drop_rates: tuple[float, ...] = ()
   attn_drop_rates: tuple[float, ...] = ()
   drop_path_rates: tuple[float, ...] = (0.0, 0.0, 0.1)
   pool: str = 'cls'
   final_norm: bool = True
+  in_channels: int = 3
   bn_group_size: int = 0
   dtype: jnp.dtype = jnp.float32
 
@@ -328,6 +335,11 @@ class CvT(nn.Module):
   @nn.compact
   def _stages(self, images, train, last_map):
     """Returns the maps of all stages, the last one None unless wanted, and its class tokens."""
+    if images.shape[-1] != self.in_channels:
+      raise ValueError(
+        f'in_channels={self.in_channels}: images [b h w {self.in_channels}] are needed, these are '
+        f'{list(images.shape)}'
+      )
     x, maps, cls = images.astype(self.dtype), [], None
     stages = resolve(self)
     for s, options in enumerate(stages):
@@ -335,3 +347,20 @@ class CvT(nn.Module):
       x, cls = Stage(options, self.dtype, name=f'stage{s}')(x, train, cls_only)
       maps.append(x)
     return maps, cls
+
+
+def _naming_unknown_attributes(init):
+  """Returns a constructor that says what a keyword that CvT does not have may have meant."""
+
+  @functools.wraps(init)
+  def checked(self, *args, **attributes):
+    for name in attributes:
+      if name not in CvT.__dataclass_fields__:
+        raise TypeError(unknown_attribute(name, CvT.__dataclass_fields__))
+    init(self, *args, **attributes)
+
+  return checked
+
+
+# The one that linen's dataclass has made.
+CvT.__init__ = _naming_unknown_attributes(CvT.__init__)

@@ -38,13 +38,13 @@ def stage_geometry(model: CvT, height: int, width: int) -> list[StageGeometry]:
   return stages
 
 
-def multiply_adds(model: CvT, height: int, width: int, channels: int = 3) -> int:
+def multiply_adds(model: CvT, height: int, width: int) -> int:
   """Returns the multiply-adds of one image's forward pass: convolutions, linear layers, attention.
 
   This is what the paper and the authors' table call FLOPs. Norms, activations and poolings are
   not counted.
   """
-  total = 0
+  total, channels = 0, model.in_channels
   for stage in stage_geometry(model, height, width):
     o, area, keys = stage.options, stage.height * stage.width, stage.keys
     dim, inner = o.embed_dim, o.num_heads * o.head_dim

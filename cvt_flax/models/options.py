@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -43,6 +45,7 @@ class StageOptions:
   mlp_bias: bool
   activation: str
   drop_rate: float
+  embed_drop_rate: float
   attn_drop_rate: float
   drop_path_rate: float
   bn_group_size: int
@@ -72,6 +75,13 @@ class StageOptions:
         return tuple(pooled_size(n, kernel, stride, padding) for n in (height, width))
       case _:
         return height, width
+
+
+def unknown_attribute(name: str, allowed: Iterable[str]) -> str:
+  """Returns the message for a keyword that is no attribute of CvT."""
+  if re.match(r's\d_', name):
+    return f'CvT has no attribute {name!r}: keywords by stage are those of cvt_flax.compat.CvT'
+  return f'CvT has no attribute {name!r}{nearest(name, allowed)}'
 
 
 def resolve(model: CvT) -> list[StageOptions]:
@@ -125,9 +135,9 @@ def resolve(model: CvT) -> list[StageOptions]:
   for name in unused:
     if getattr(model, name):
       raise ValueError(f'{name}={getattr(model, name)!r}: projection={projection!r} has none')
-  for name in ('num_classes', 'head_dim', 'bn_group_size'):
-    if getattr(model, name) < 0:
-      raise ValueError(f'{name}={getattr(model, name)}: at least 0 is needed')
+  for name, low in (('num_classes', 0), ('in_channels', 1), ('head_dim', 0), ('bn_group_size', 0)):
+    if getattr(model, name) < low:
+      raise ValueError(f'{name}={getattr(model, name)}: at least {low} is needed')
 
   linear = projection == 'linear'
   columns = {
@@ -143,6 +153,7 @@ def resolve(model: CvT) -> list[StageOptions]:
     'q_stride': per_stage('q_strides', default=1, low=1),
     'kv_stride': per_stage('kv_strides', default=1 if linear else 2, low=1),
     'drop_rate': rates('drop_rates'),
+    'embed_drop_rate': rates('embed_drop_rates' if model.embed_drop_rates else 'drop_rates'),
     'attn_drop_rate': rates('attn_drop_rates'),
     'drop_path_rate': rates('drop_path_rates'),
   }

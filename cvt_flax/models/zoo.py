@@ -2,6 +2,7 @@
 
 from cvt_flax.errors import nearest
 from cvt_flax.models.cvt import CvT
+from cvt_flax.models.options import unknown_attribute
 
 CVT_13 = dict(
   embed_dims=(64, 192, 384),
@@ -71,5 +72,5 @@ def create_model(name: str, num_classes: int = 1000, **attributes) -> CvT:
   allowed = set(CvT.__dataclass_fields__) - {'parent', 'name', 'num_classes'}
   for attribute in attributes:
     if attribute not in allowed:
-      raise ValueError(f'CvT has no attribute {attribute!r}{nearest(attribute, allowed)}')
+      raise ValueError(unknown_attribute(attribute, allowed))
   return CvT(num_classes=num_classes, **VARIANTS[name] | attributes)

@@ -7,6 +7,7 @@ import itertools
 import typing
 from collections.abc import Callable, Mapping
 
+from cvt_flax import compat
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.options import StageOptions, resolve
@@ -17,9 +18,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # What a CvT computes on, not what it computes, and what depends on the batch.
 _NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size')
+# Attributes that the files of earlier versions lack.
+_ADDED = {'embed_drop_rates', 'in_channels'}
 
 # Attributes of a stage that its inference does not depend on.
-_OF_TRAINING = ('drop_rate', 'attn_drop_rate', 'drop_path_rate', 'bn_group_size')
+_OF_TRAINING = ('drop_rate', 'embed_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'bn_group_size')
 
 # No size, rate or count of a network that anyone has is larger.
 _LARGEST = 100_000
@@ -48,7 +51,7 @@ def from_attributes(values: Mapping, where: str) -> CvT:
     UserError: they are damaged or do not fit together.
   """
   allowed = set(CvT.__dataclass_fields__) - set(_NOT_KEPT)
-  if not isinstance(values, Mapping) or values.keys() != allowed:
+  if not isinstance(values, Mapping) or values.keys() | _ADDED != allowed:
     raise UserError(f'{where}: the attributes of CvT are needed: {", ".join(sorted(allowed))}')
   return build(values, where)
 
@@ -177,6 +180,7 @@ def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
     )
   values = dict(
     num_classes=num_classes(layout, shapes),
+    in_channels=patches[0][1],
     embed_dims=dims,
     depths=depths,
     num_heads=tuple(n // _HEAD_DIM for n in inner),
@@ -191,14 +195,7 @@ def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
   if layout is VIT_PYTORCH:
     values |= dict(
       patch_paddings=tuple(size // 2 for size in sizes),
-      cls_token=(False,) * len(stages),
-      shared_kv=True,
-      head_dim=_HEAD_DIM,
-      attention_scale='head_dim',
-      qkv_bias=False,
-      activation='gelu',
-      pool='mean',
-      final_norm=False,
+      **compat.ATTRIBUTES,
     )
   else:
     cls = tuple(name('stage{s}', 'cls_token', s) in shapes for s in stages)
@@ -300,7 +297,7 @@ def differences(a: CvT, b: CvT) -> dict[str, tuple]:
     values = tuple([getattr(o, name) for o in resolve(model)] for model in (a, b))
     if name not in _OF_TRAINING and values[0] != values[1]:
       found[name] = values
-  for name in ('pool', 'final_norm'):
+  for name in ('in_channels', 'pool', 'final_norm'):
     if getattr(a, name) != getattr(b, name):
       found[name] = (getattr(a, name), getattr(b, name))
   return found

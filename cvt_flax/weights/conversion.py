@@ -95,7 +95,7 @@ def _left_behind(weights: Weights, layout: Layout) -> list[str]:
 
 def _export_note(weights: Weights) -> str:
   size = min(weights.description.preprocessing.image_size, 224)
-  images = parity.random_images((size, size), count=1)
+  images = parity.random_images((size, size), count=1, channels=weights.model.in_channels)
   moved = parity.activation_difference(weights.model, weights.variables, images)
   return (
     "transformers computes 'gelu' whatever config.json says, and these weights are of a model with "
@@ -109,7 +109,6 @@ def _check(weights: Weights, to: str) -> dict:
   if layout is None:
     raise UserError(f'check: neither {weights.kind!r} nor {to!r} is of it')
   size = weights.description.preprocessing.image_size
-  found = parity.compare(
-    weights.model, weights.variables, layout, parity.random_images((size, size))
-  )
+  images = parity.random_images((size, size), channels=weights.model.in_channels)
+  found = parity.compare(weights.model, weights.variables, layout, images)
   return {'logits': found.logits, 'maps': found.maps}

@@ -76,6 +76,7 @@ def to_model(config: Mapping, classes: int, where: str) -> CvT:
   return architecture.build(
     dict(
       num_classes=classes,
+      in_channels=config.get('num_channels', 3),
       qkv_bias=values['qkv_bias'][0],
       activation=config.get('activation', 'gelu'),
       pool='cls' if values['cls_token'][-1] else 'mean',
@@ -96,7 +97,7 @@ def from_model(model: CvT) -> dict:
     'model_type': 'cvt',
     'architectures': ['CvtForImageClassification'],
     'dtype': 'float32',
-    'num_channels': 3,
+    'num_channels': model.in_channels,
     'embed_dim': each('embed_dim'),
     'depth': each('depth'),
     'num_heads': each('num_heads'),

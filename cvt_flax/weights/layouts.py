@@ -254,9 +254,9 @@ LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HUGGING_FACE, VIT_PYTORC
 
 
 def leaf_shapes(model: CvT) -> dict[Path, tuple[int, ...]]:
-  """Returns {path: shape} of all parameters and statistics of `model`, for colour images."""
+  """Returns {path: shape} of all parameters and statistics of `model`."""
   size = 8 * math.prod(model.patch_strides)
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of maps of one key, which is for whoever uses the model
     tree = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -29,9 +29,11 @@ class Parity:
   maps: tuple[float, ...]
 
 
-def random_images(size: tuple[int, int], count: int = 2, seed: int = 0) -> np.ndarray:
-  """Returns normal noise [count h w 3], float32."""
-  shape = (count, *size, 3)
+def random_images(
+  size: tuple[int, int], count: int = 2, seed: int = 0, channels: int = 3
+) -> np.ndarray:
+  """Returns normal noise [count h w channels], float32."""
+  shape = (count, *size, channels)
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
@@ -45,7 +47,7 @@ def compare(model: CvT, variables: dict, layout: Layout, images: np.ndarray) -> 
     model: the network.
     variables: {'params', 'batch_stats'}.
     layout: in which PyTorch is given them.
-    images: [b h w 3], normalised.
+    images: [b h w in_channels], normalised.
 
   Raises:
     UserError: PyTorch, transformers or vit-pytorch are needed and not installed, or do not have
@@ -151,4 +153,4 @@ def _vit_pytorch(model):
       f's{s}_depth': o.depth,
       f's{s}_mlp_mult': o.mlp_dim // o.embed_dim,
     }
-  return VitPytorchCvT(num_classes=model.num_classes, **keys)
+  return VitPytorchCvT(num_classes=model.num_classes, channels=model.in_channels, **keys)

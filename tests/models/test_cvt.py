@@ -233,7 +233,9 @@ def one_stage(**rates):
   return quick_jit(model.apply)(variables, x), functools.partial(train, variables)
 
 
-@pytest.mark.parametrize('rates', ['drop_rates', 'attn_drop_rates', 'drop_path_rates'])
+@pytest.mark.parametrize(
+  'rates', ['drop_rates', 'embed_drop_rates', 'attn_drop_rates', 'drop_path_rates']
+)
 def test_every_dropout_acts_in_training_alone(rates):
   logits, _ = one_stage()
   same, train = one_stage(**{rates: (0.4,)})

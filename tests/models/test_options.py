@@ -22,6 +22,7 @@ PER_STAGE = {
   'q_strides': 1,
   'kv_strides': 2,
   'drop_rates': 0.0,
+  'embed_drop_rates': 0.0,
   'attn_drop_rates': 0.0,
   'drop_path_rates': 0.0,
 }
@@ -55,6 +56,8 @@ REFUSED = [
   (dict(cls_token=()), r"pool='cls' reads the last stage's class token, .*pool='mean'"),
   (dict(cls_token=(True, True, False)), r"pool='cls' reads the last stage's class token"),
   (dict(num_classes=-1), r'num_classes=-1: at least 0'),
+  (dict(in_channels=0), r'in_channels=0: at least 1'),
+  (dict(embed_drop_rates=(1.0, 0.0, 0.0)), r'embed_drop_rates=\(1\.0, .*: rates from 0'),
   (dict(head_dim=-64), r'head_dim=-64: at least 0'),
   (dict(bn_group_size=-1), r'bn_group_size=-1: at least 0'),
   (LINEAR | dict(qkv_kernels=(3, 3, 3)), r"qkv_kernels=\(3, 3, 3\): projection='linear' has none"),
@@ -107,6 +110,14 @@ def test_defaults_of_empty_tuples():
   assert [(o.qkv_kernel, o.q_stride, o.kv_stride) for o in stages] == [(3, 1, 2)] * 3
   assert [(o.drop_rate, o.attn_drop_rate, o.drop_path_rate) for o in stages] == [(0, 0, 0)] * 3
   assert not any(o.cls_token for o in stages)
+
+
+def test_dropout_after_the_embedding_is_that_of_the_stage_unless_given():
+  rates = (0.1, 0.2, 0.3)
+  assert [o.embed_drop_rate for o in resolve(CvT(drop_rates=rates))] == [*rates]
+  stages = resolve(CvT(drop_rates=rates, embed_drop_rates=(0.0, 0.0, 0.5)))
+  assert [o.embed_drop_rate for o in stages] == [0.0, 0.0, 0.5]
+  assert [o.drop_rate for o in stages] == [*rates]
 
 
 @pytest.mark.parametrize(

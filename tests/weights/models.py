@@ -31,6 +31,7 @@ VIT_PYTORCH_MODEL = CvT(
   attention_scale='head_dim',
   shared_kv=True,
   qkv_bias=False,
+  embed_drop_rates=(0.0, 0.0, 0.0),
   final_norm=False,
 )
 # {layout: a model that it can hold}

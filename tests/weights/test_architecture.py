@@ -41,6 +41,7 @@ def test_named_models_are_read_from_their_tensors(name):
     dict(cls_token=(True, False, True)),
     dict(qkv_bias=False),
     dict(qkv_kernels=(3, 5, 1)),
+    dict(in_channels=4),
   ],
   ids=str,
 )
@@ -48,7 +49,8 @@ def test_other_models_are_read_from_their_tensors(attributes):
   model = CvT(**SMALL | attributes)
   found = read(OFFICIAL, model)
   assert resolve(found) == resolve(model)
-  assert (found.num_classes, found.pool) == (model.num_classes, model.pool)
+  assert architecture.differences(found, model) == {}
+  assert (found.num_classes, found.in_channels) == (model.num_classes, model.in_channels)
 
 
 def test_vit_pytorch_is_read_from_its_tensors():
@@ -107,6 +109,13 @@ def test_hugging_face_config_there_and_back(model):
   found = huggingface_config.to_model(config, model.num_classes, 'config.json')
   assert resolve(found) == resolve(model)
   assert (found.num_classes, found.pool) == (model.num_classes, model.pool)
+
+
+def test_hugging_face_channels():
+  config = huggingface_config.from_model(create_model('cvt-13', in_channels=4))
+  assert huggingface_config.to_model(config, 1000, 'config.json').in_channels == 4
+  with pytest.raises(UserError, match="in_channels='RGB'"):
+    huggingface_config.to_model({'num_channels': 'RGB'}, 1000, 'config.json')
 
 
 def test_hugging_face_config_is_what_transformers_means(peer):
@@ -196,6 +205,12 @@ def test_what_a_layout_can_hold(layout):
 def test_attributes_there_and_back():
   values = json.loads(json.dumps(architecture.attributes(VIT_PYTORCH_MODEL)))
   assert architecture.from_attributes(values, 'config.json') == VIT_PYTORCH_MODEL
+
+
+def test_attributes_of_earlier_versions():
+  values = architecture.attributes(OFFICIAL_MODEL)
+  del values['embed_drop_rates'], values['in_channels']
+  assert architecture.from_attributes(values, 'config.json') == OFFICIAL_MODEL
 
 
 @pytest.mark.parametrize(
