@@ -1,6 +1,6 @@
 """cvt-nano on CIFAR-10: half a million parameters, for a CPU and an afternoon.
 
-  python train.py --config=configs/cvt_nano_cifar10.py
+python train.py --config=configs/cvt_nano_cifar10.py
 """
 
 from cvt_flax.training.recipes import cifar
