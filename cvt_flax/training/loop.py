@@ -12,10 +12,11 @@ import jax
 import ml_collections
 
 from cvt_flax.errors import Diverged, UserError
+from cvt_flax.report.predictions import Predictions
 from cvt_flax.training import experiment
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
-from cvt_flax.training.metrics import MetricWriter, read_metrics
+from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainMetrics
@@ -75,9 +76,9 @@ def _train(config, folder):
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step() or 0
-    metrics = folder / 'metrics.jsonl'
+    metrics = folder / run_folder.METRICS
     if start == training.total_steps:
-      for line in read_metrics(metrics):
+      for line in run_folder.read_metrics(metrics):
         scored = all(f'{each.name}/top1' in line for each in training.sets)
         if line['step'] == start and 'checkpoint' in line and scored:
           print(f'{folder} is finished')
@@ -168,7 +169,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
     return signals.interruption(f'saved step {step}; the same command goes on from there')
 
   # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
-  lines = read_metrics(training.folder / 'metrics.jsonl')
+  lines = run_folder.read_metrics(training.folder / run_folder.METRICS)
   evaluated = any(line['step'] == start and 'val/top1' in line for line in lines)
   if start and training.eval_is_due(start) and not evaluated and not validate(start):
     raise interrupted(start)
@@ -204,21 +205,34 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
 
 
 def _finish(training, checkpoints, writer, signals):
-  """Reports the best checkpoint: on the test split, which is read here for the only time."""
+  """Reports the best checkpoint: on the test split, which is read here for the only time.
+
+  What it makes of each image is kept; of validation images, where the source has no test split.
+  """
   values = {'checkpoint': checkpoints.best_step()}
-  if training.dataset.test or training.sets:
-    splits = {'test': training.dataset.test}
+  unfinished = 'the same command goes on with the last evaluation'
+  test, validation = training.dataset.test, training.dataset.validation
+  if test or validation or training.sets:
     variables = training.restore_best(checkpoints)
-    values |= _evaluate_splits(
-      training, variables, splits, signals, 'the same command goes on with the last evaluation'
-    )
+  if test or validation:
+    data = training.engine.open(test) if test else training.val_data
+    found = training.predict(variables, data, signals)
+    if found is None:
+      raise signals.interruption(unfinished)
+    metrics, arrays = found
+    predictions = Predictions('test' if test else 'val', values['checkpoint'], **arrays)
+    predictions.save(training.folder / run_folder.PREDICTIONS)
+    if test:
+      values |= {f'test/{key}': value for key, value in metrics.items()}
+  if training.sets:
+    values |= _evaluate_splits(training, variables, {}, signals, unfinished)
   writer.write(training.total_steps, training.total_steps / training.steps_per_epoch, values)
   return values
 
 
 def _with_validation(values, metrics):
   """Returns final values with the validation metrics of the checkpoint that they are of."""
-  for line in read_metrics(metrics):
+  for line in run_folder.read_metrics(metrics):
     if line['step'] == values['checkpoint'] and 'val/top1' in line:
       values = values | {name: value for name, value in line.items() if name.startswith('val/')}
   return values
