@@ -68,7 +68,7 @@ def read(path: pathlib.Path) -> Predictions | None:
   if not path.exists():
     return None
   try:
-    with np.load(path) as file:
+    with open(path, 'rb') as opened, np.load(opened) as file:
       arrays = {name: np.asarray(file[name], dtype) for name, dtype in _ARRAYS.items()}
       split, step = str(file['split']), int(file['step'])
   except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
