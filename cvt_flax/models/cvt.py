@@ -135,6 +135,9 @@ class Attention(nn.Module):
     drop = train and o.attn_drop_rate > 0
     dropout = nn.Dropout(o.attn_drop_rate, deterministic=False) if drop else None
     q, k, v = project('q', q), project('k', k), project('v', v)
+    # For attention_maps; nothing is kept, or computed, unless 'intermediates' is mutable.
+    self.sow('intermediates', 'queries', q)
+    self.sow('intermediates', 'keys', k)
     x = rearrange(attention(q, k, v, o.scale, dropout), 'b n h d -> b n (h d)')
     x = nn.Dense(o.embed_dim, o.out_bias, dtype=self.dtype, kernel_init=dense_init, name='proj')(x)
     return nn.Dropout(o.drop_rate, deterministic=not train)(x)

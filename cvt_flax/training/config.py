@@ -274,6 +274,7 @@ class TrainConfig:
     '', 'weights to start from: a .pth file, a folder of weights, hf:NAME or a run folder'
   )
   seed: int = key(0, 'of everything that is random', low=0, high=2**32 - 1)
+  seeds: int = key(1, 'runs with seed, seed + 1, ... one after another, each in DIR/seed-N', low=1)
   source: str = key('', 'tfds:NAME[:VERSION], folder:DIR, csv:FILE, npz:FILE or digits')
   engine: str = key(
     'resident',

@@ -21,6 +21,11 @@ def _check_source(c: TrainConfig):
     raise UserError("source='': tfds:NAME, folder:DIR, csv:FILE, npz:FILE or digits is needed")
 
 
+def _check_seeds(c: TrainConfig):
+  if c.seed + c.seeds > 2**32:
+    raise UserError(f'seeds={c.seeds} from seed={c.seed} on: the last one is above {2**32 - 1}')
+
+
 def _check_channels(c: TrainConfig):
   for name, value in (('mean', c.mean), ('std', c.std)):
     if len(value) != 3:
@@ -106,6 +111,7 @@ def _check_groups(c: TrainConfig):
 
 CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_source,
+  _check_seeds,
   _check_channels,
   _check_crop,
   _check_random_crop,

@@ -80,32 +80,65 @@ def make_eval_step(
     classes: bool [k], the classes that compete; the others are as if the model did not have them.
       None: all. Every label is one that competes.
   """
+  forward = make_forward(model, mean, std, classes)
 
   def eval_step(variables, batch):
-    logits = model.apply(variables, normalize_pixels(batch['image'], mean, std))
-    if classes is not None:
-      logits = jnp.where(classes, logits, -jnp.inf)
-    best = jax.lax.top_k(logits, min(5, model.num_classes))[1]
-    if 'labels' in batch:
-      hits = jnp.take_along_axis(batch['labels'], best, axis=1)
-      return MultiLabelMetrics.single_from_model_output(
-        top1=hits[:, 0],
-        top5=jnp.any(hits, axis=1),
-        mask=batch['mask'] * jnp.any(batch['labels'], axis=1),
-      )
-    labels = batch['label']
-    hits = best == labels[:, None]
-    return EvalMetrics.single_from_model_output(
-      loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
-      top1=hits[:, 0],
-      top5=jnp.any(hits, axis=1),
-      correct=hits[:, 0],
-      labels=labels,
-      mask=batch['mask'],
-      num_classes=model.num_classes,
-    )
+    return score(forward(variables, batch), batch)
 
   return eval_step
+
+
+def make_forward(
+  model: nn.Module,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  classes: np.ndarray | None = None,
+) -> Callable[[dict, dict], jax.Array]:
+  """Returns forward(variables, batch) -> logits [b k]; the arguments are `make_eval_step`'s."""
+
+  def forward(variables, batch):
+    logits = model.apply(variables, normalize_pixels(batch['image'], mean, std))
+    return logits if classes is None else jnp.where(classes, logits, -jnp.inf)
+
+  return forward
+
+
+def score(logits: jax.Array, batch: dict) -> EvalMetrics | MultiLabelMetrics:
+  """Returns the metrics of a batch, as `make_eval_step` describes it, by its logits [b k]."""
+  num_classes = logits.shape[-1]
+  best = jax.lax.top_k(logits, min(5, num_classes))[1]
+  if 'labels' in batch:
+    hits = jnp.take_along_axis(batch['labels'], best, axis=1)
+    return MultiLabelMetrics.single_from_model_output(
+      top1=hits[:, 0],
+      top5=jnp.any(hits, axis=1),
+      mask=batch['mask'] * jnp.any(batch['labels'], axis=1),
+    )
+  labels = batch['label']
+  hits = best == labels[:, None]
+  return EvalMetrics.single_from_model_output(
+    loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+    top1=hits[:, 0],
+    top5=jnp.any(hits, axis=1),
+    correct=hits[:, 0],
+    labels=labels,
+    mask=batch['mask'],
+    num_classes=num_classes,
+  )
+
+
+def predict(logits: jax.Array, batch: dict) -> dict[str, jax.Array]:
+  """Returns the arrays of `report.predictions.Predictions` for a batch, and its 'mask', all [b]."""
+  shares = jax.nn.softmax(logits)
+  prediction = jax.lax.top_k(logits, 1)[1]  # of equals the first, as in the metrics
+  return {
+    'index': batch['index'],
+    'label': batch['label'],
+    'mask': batch['mask'],
+    'prediction': prediction[:, 0],
+    'probability': jnp.take_along_axis(shares, prediction, axis=1)[:, 0],
+    'label_probability': jnp.take_along_axis(shares, batch['label'][:, None], axis=1)[:, 0],
+  }
 
 
 def evaluate(batch_metrics: Iterable[EvalMetrics | MultiLabelMetrics]) -> dict:

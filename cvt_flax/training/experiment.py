@@ -65,7 +65,7 @@ def digest(*arrays: np.ndarray) -> str:
 
 def read(folder: pathlib.Path) -> Experiment | None:
   """Returns the experiment of a run folder; None when it holds none."""
-  path = folder / 'experiment.json'
+  path = folder / run_folder.EXPERIMENT
   if not path.exists():
     return None
   try:
@@ -142,7 +142,7 @@ def write(
     model: for model.json, by which the checkpoints can be read as weights.
   """
   _write(
-    folder / 'experiment.json',
+    folder / run_folder.EXPERIMENT,
     {
       'config': to_dict(experiment.config),
       'class_names': experiment.class_names,

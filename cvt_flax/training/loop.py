@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import dataclasses
+import gc
 import math
 import multiprocessing
 import pathlib
@@ -12,10 +14,12 @@ import jax
 import ml_collections
 
 from cvt_flax.errors import Diverged, UserError
+from cvt_flax.report.predictions import Predictions
+from cvt_flax.report.records import SEED_FOLDER
 from cvt_flax.training import experiment
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
-from cvt_flax.training.metrics import MetricWriter, read_metrics
+from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainMetrics
@@ -36,12 +40,14 @@ def run(
 
   Args:
     config: as `cvt_flax.training.config.get_config()` makes it.
-    workdir: the run folder; '' is runs/NAME-seedN.
+    workdir: the run folder; '' is runs/NAME-seedN. With config.seeds above 1 it holds a run folder
+      for each of them, seed-0, seed-1, ...; '' is runs/NAME.
     mode: 'train', or 'eval' for the metrics of the run's best checkpoint, or of the weights
       config.init_from where the folder holds no run that started from them.
 
   Returns:
-    The final metrics, such as {'test/top1': 0.99, 'test/loss': 0.05, 'test/images': 360, ...}.
+    The final metrics, such as {'test/top1': 0.99, 'test/loss': 0.05, 'test/images': 360, ...}; with
+    config.seeds above 1 {'seed-0': the metrics of that run, ...}.
 
   Raises:
     UserError: the config, the data or the folder are not usable; nothing was written over.
@@ -53,7 +59,38 @@ def run(
   if getattr(multiprocessing.current_process(), '_inheriting', False):
     sys.exit(1)
   config = freeze(config)
-  folder = pathlib.Path(workdir or f'runs/{config.name or "run"}-seed{config.seed}')
+  if mode not in ('train', 'eval'):
+    raise UserError(f'mode={mode!r}: train or eval is needed')
+  name = config.name or 'run'
+  if config.seeds > 1:
+    return _run_seeds(config, pathlib.Path(workdir or f'runs/{name}'), mode)
+  return _run_one(config, pathlib.Path(workdir or f'runs/{name}-seed{config.seed}'), mode)
+
+
+def _run_seeds(config, folder, mode):
+  """Returns {'seed-0': its final metrics, ...}; finished runs are not trained again."""
+  if (folder / run_folder.EXPERIMENT).exists():
+    raise UserError(
+      f'{folder} holds a run of one seed: give another --workdir for seeds={config.seeds}'
+    )
+  seeds = range(config.seed, config.seed + config.seeds)
+  folders = {seed: folder / SEED_FOLDER.format(seed) for seed in seeds}
+  if mode == 'eval' and config.init_from and not any(map(experiment.read, folders.values())):
+    raise UserError(
+      f'seeds={config.seeds} has no effect: {folder} holds no runs, and weights have no seed'
+    )
+  found = {}
+  for number, (seed, run_of_seed) in enumerate(folders.items(), start=1):
+    print(f'seed {seed}: run {number} of {config.seeds}')
+    one = dataclasses.replace(config, seed=seed, seeds=1)
+    found[run_of_seed.name] = _run_one(one, run_of_seed, mode)
+    gc.collect()  # the jitted step and what holds it are a cycle, with the images on the devices
+  if mode == 'train':
+    _write_report(folder)
+  return found
+
+
+def _run_one(config, folder, mode):
   match mode:
     case 'train':
       return _train(config, folder)
@@ -62,8 +99,6 @@ def run(
       if config.init_from and (saved is None or saved.config.init_from != config.init_from):
         return _evaluate_weights(config, folder)
       return _evaluate_run(config, folder)
-    case _:
-      raise UserError(f'mode={mode!r}: train or eval is needed')
 
 
 def _train(config, folder):
@@ -75,9 +110,9 @@ def _train(config, folder):
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step() or 0
-    metrics = folder / 'metrics.jsonl'
+    metrics = folder / run_folder.METRICS
     if start == training.total_steps:
-      for line in read_metrics(metrics):
+      for line in run_folder.read_metrics(metrics):
         scored = all(f'{each.name}/top1' in line for each in training.sets)
         if line['step'] == start and 'checkpoint' in line and scored:
           print(f'{folder} is finished')
@@ -99,7 +134,20 @@ def _train(config, folder):
     with contextlib.closing(feed):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
-    return _report(training, _with_validation(values, metrics))
+    values = _report(training, _with_validation(values, metrics))
+  _write_report(folder)
+  return values
+
+
+def _write_report(folder):
+  """Writes the report of what is finished; one that fails costs a line, not the run."""
+  try:
+    from cvt_flax.report.writer import write_report  # here: nothing before needs Matplotlib
+
+    print(f'report: {write_report([folder])}')
+  except Exception as e:
+    words = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+    print(f'there is no report ({words}); python -m cvt_flax.report {folder} tries again')
 
 
 def _take_steps(training, state, start, feed, checkpoints, writer, signals):
@@ -168,7 +216,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
     return signals.interruption(f'saved step {step}; the same command goes on from there')
 
   # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
-  lines = read_metrics(training.folder / 'metrics.jsonl')
+  lines = run_folder.read_metrics(training.folder / run_folder.METRICS)
   evaluated = any(line['step'] == start and 'val/top1' in line for line in lines)
   if start and training.eval_is_due(start) and not evaluated and not validate(start):
     raise interrupted(start)
@@ -204,21 +252,34 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
 
 
 def _finish(training, checkpoints, writer, signals):
-  """Reports the best checkpoint: on the test split, which is read here for the only time."""
+  """Reports the best checkpoint: on the test split, which is read here for the only time.
+
+  What it makes of each image is kept; of validation images, where the source has no test split.
+  """
   values = {'checkpoint': checkpoints.best_step()}
-  if training.dataset.test or training.sets:
-    splits = {'test': training.dataset.test}
+  unfinished = 'the same command goes on with the last evaluation'
+  test, validation = training.dataset.test, training.dataset.validation
+  if test or validation or training.sets:
     variables = training.restore_best(checkpoints)
-    values |= _evaluate_splits(
-      training, variables, splits, signals, 'the same command goes on with the last evaluation'
-    )
+  if test or validation:
+    data = training.engine.open(test) if test else training.val_data
+    found = training.predict(variables, data, signals)
+    if found is None:
+      raise signals.interruption(unfinished)
+    metrics, arrays = found
+    predictions = Predictions('test' if test else 'val', values['checkpoint'], **arrays)
+    predictions.save(training.folder / run_folder.PREDICTIONS)
+    if test:
+      values |= {f'test/{key}': value for key, value in metrics.items()}
+  if training.sets:
+    values |= _evaluate_splits(training, variables, {}, signals, unfinished)
   writer.write(training.total_steps, training.total_steps / training.steps_per_epoch, values)
   return values
 
 
 def _with_validation(values, metrics):
   """Returns final values with the validation metrics of the checkpoint that they are of."""
-  for line in read_metrics(metrics):
+  for line in run_folder.read_metrics(metrics):
     if line['step'] == values['checkpoint'] and 'val/top1' in line:
       values = values | {name: value for name, value in line.items() if name.startswith('val/')}
   return values

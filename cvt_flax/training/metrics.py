@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 
-from cvt_flax.errors import UserError
+from cvt_flax.weights.run_folder import METRICS, read_metrics
 
 
 class MetricWriter:
@@ -19,7 +19,7 @@ class MetricWriter:
   """
 
   def __init__(self, folder: pathlib.Path, step: int, tensorboard: bool):
-    self._path = folder / 'metrics.jsonl'
+    self._path = folder / METRICS
     self._cut_back(step)
     self._file = open(self._path, 'a')
     self._events = None
@@ -51,28 +51,3 @@ class MetricWriter:
     self._file.close()
     if self._events:
       self._events.close()
-
-
-def read_metrics(path: pathlib.Path) -> list[dict]:
-  """Returns the lines of a metrics.jsonl; [] where there is none.
-
-  A last line that a killed run left half-written is left out.
-
-  Raises:
-    UserError: any other line is not one that `MetricWriter` writes.
-  """
-  if not path.exists():
-    return []
-  written = path.read_text().splitlines(keepends=True)
-  lines = []
-  for number, text in enumerate(written, start=1):
-    try:
-      line = json.loads(text)
-      if not isinstance(line['step'], int):
-        raise TypeError
-    except (ValueError, TypeError, KeyError) as e:
-      if number == len(written) and not text.endswith('\n'):
-        break
-      raise UserError(f'{path}, line {number} is damaged: {text.strip()[:60]!r}') from e
-    lines.append(line)
-  return lines

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from flax import traverse_util
 
@@ -19,11 +21,12 @@ from cvt_flax.training import experiment, hardware, initialize, sharding
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
 from cvt_flax.training.engines import ENGINES, Streaming
-from cvt_flax.training.evaluate import evaluate, make_eval_step
+from cvt_flax.training.evaluate import evaluate, make_eval_step, make_forward, predict, score
 from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
 from cvt_flax.training.progress import Progress
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainState, init_state, make_train_step
+from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.preprocessing import Preprocessing
 
@@ -133,6 +136,35 @@ class Setup:
     """Returns the metrics of a split that the engine has opened; None when a signal came."""
     feed = self.engine.feed_evaluation(data, self.eval_batch_size)
     return self._evaluate(variables, feed, signals, self._eval_step)
+
+  def predict(
+    self, variables: dict, data: Any, signals: Signals
+  ) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """Returns the metrics of a split, and what it makes of each image that could be read.
+
+    The latter are the arrays of `report.predictions.Predictions`. None when a signal came.
+    """
+    forward = make_forward(self.model, self.config.mean, self.config.std)
+    batches = []
+
+    @functools.partial(jax.jit, out_shardings=self.replicated)
+    def compute(variables, *fed):
+      batch = self.engine.eval_batch(self.eval_batch_size, *fed)
+      logits = forward(variables, batch)
+      return score(logits, batch), predict(logits, batch)
+
+    def step(variables, *fed):
+      metrics, predictions = compute(variables, *fed)
+      batches.append(predictions)
+      return metrics
+
+    feed = self.engine.feed_evaluation(data, self.eval_batch_size)
+    metrics = self._evaluate(variables, feed, signals, step)
+    if metrics is None:
+      return None
+    arrays = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(batches))
+    there = arrays.pop('mask') > 0
+    return metrics, {name: array[there] for name, array in arrays.items()}
 
   def evaluate_sets(self, variables: dict, signals: Signals) -> dict | None:
     """Returns the metrics of config.eval.sets, {'NAME/top1': ...}; None when a signal came."""
@@ -298,7 +330,7 @@ class TrainingSetup(Setup):
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g}'
     print(f'run folder {self.folder}: {epochs} epochs of {self.steps_per_epoch} steps')
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    (self.folder / 'parameters.txt').write_text(overview + '\n')
+    (self.folder / run_folder.PARAMETERS).write_text(overview + '\n')
 
   def eval_is_due(self, step: int) -> bool:
     epoch, rest = divmod(step, self.steps_per_epoch)

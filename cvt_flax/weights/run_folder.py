@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import jax
@@ -19,6 +20,11 @@ CHECKPOINTS = 'checkpoints'
 MODEL, AVERAGES = 'model', 'ema'
 # The file that describes the model: weights/description.py.
 DESCRIPTION = 'model.json'
+# Its config, class names and hardware; a JSON line at every interval; what the best checkpoint
+# makes of every image of the test split, or of validation.
+EXPERIMENT, METRICS, PREDICTIONS = 'experiment.json', 'metrics.jsonl', 'predictions.npz'
+# The table of parameters.
+PARAMETERS = 'parameters.txt'
 # The metric by which a checkpoint is the best.
 BEST = 'val/top1'
 
@@ -112,3 +118,28 @@ def _shapes(item: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
   finally:
     handler.close()
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+  """Returns the lines of a metrics.jsonl; [] where there is none.
+
+  A last line that a killed run left half-written is left out.
+
+  Raises:
+    UserError: any other line is not one that `MetricWriter` writes.
+  """
+  if not path.exists():
+    return []
+  written = path.read_text().splitlines(keepends=True)
+  lines = []
+  for number, text in enumerate(written, start=1):
+    try:
+      line = json.loads(text)
+      if not isinstance(line['step'], int):
+        raise TypeError
+    except (ValueError, TypeError, KeyError) as e:
+      if number == len(written) and not text.endswith('\n'):
+        break
+      raise UserError(f'{path}, line {number} is damaged: {text.strip()[:60]!r}') from e
+    lines.append(line)
+  return lines

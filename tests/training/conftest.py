@@ -125,3 +125,9 @@ def trained(config_file, tmp_path_factory):
   config = names['get_config']()
   folder = tmp_path_factory.mktemp('runs') / 'trained'
   return config, folder, loop.run(config, folder)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+  """Runs of tests end without a report, which takes seconds; `trained` is a run that has one."""
+  monkeypatch.setattr(loop, '_write_report', lambda folder: None)

@@ -1,0 +1,177 @@
+"""The page of several runs: configs beside each other, each over one seed or several."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from cvt_flax.report import figures, markup, records, statistics
+from cvt_flax.report.figures import Line
+from cvt_flax.report.markup import number
+from cvt_flax.report.records import Group
+from cvt_flax.report.single import Plots
+
+_CURVES = (
+  ('val/top1', 'val_accuracy', 'Validation top-1 accuracy', True),
+  ('val/loss', 'val_loss', 'Validation loss', False),
+  ('train/loss', 'train_loss', 'Training loss', False),
+  ('train/learning_rate', 'learning_rate', 'Learning rate', False),
+  ('train/images_per_sec', 'throughput', 'Training images a second', False),
+)
+_METRICS = (
+  ('test/top1', 'test top-1', '.2%'),
+  ('test/top5', 'test top-5', '.2%'),
+  ('test/loss', 'test loss', '.4f'),
+  ('val/top1', 'validation top-1', '.2%'),
+  ('val/loss', 'validation loss', '.4f'),
+)
+
+
+def sections(groups: Sequence[Group], folder: pathlib.Path) -> Iterator[str]:
+  """Yields the parts of the page of several runs, whose figures are written to `folder` too."""
+  title = ' and '.join(group.name for group in groups)
+  seeds = [f'{g.name}: {_seeds(g)}' for g in groups if len(g.runs) > 1]
+  yield markup.heading(title, *seeds)
+  yield _results(groups)
+  tests = [*_paired_tests(groups), *_mcnemar(groups)]
+  if tests:
+    yield markup.section('Is it chance?', *tests)
+  yield _curves(groups, Plots(folder))
+  yield _differences(groups)
+
+
+def _seeds(group):
+  return f'{len(group.runs)} seeds, {", ".join(str(run.seed) for run in group.runs)}'
+
+
+def _results(groups):
+  found = [m for m in _METRICS if any(g.finals(m[0]) for g in groups)]
+  rows = []
+  for group in groups:
+    for metric, name, form in found:
+      values = list(group.finals(metric).values())
+      mean, deviation = statistics.mean_and_deviation(values) if values else (None, None)
+      spread = number(min(values), form), number(max(values), form)
+      if len(values) < 2:
+        spread = number(None), number(None)
+      rows.append(
+        [group.name, name, number(mean, form), number(deviation, form), *spread]
+        + [number(len(values))]
+      )
+  parts = []
+  if rows:
+    head = ['config', 'metric', 'mean', 'deviation', 'lowest', 'highest', 'runs']
+    parts.append(markup.table(head, rows))
+    parts.append(
+      markup.paragraph(
+        'Of the checkpoint that each run chose by validation; the deviation is that of a sample, '
+        'n - 1, over seeds.',
+        faint=True,
+      )
+    )
+  unfinished = [str(run.folder) for group in groups for run in group.runs if not run.final]
+  if unfinished:
+    parts.append(markup.paragraph(f'Not finished, and not counted: {", ".join(unfinished)}.'))
+  each = [
+    [str(run.folder), *(number(run.final.get(metric), form) for metric, _, form in found)]
+    for group in groups
+    for run in group.runs
+    if run.final
+  ]
+  if len(each) > len(groups):
+    head = ['run', *(name for _, name, _ in found)]
+    parts.append(markup.details('every run', markup.table(head, each)))
+  return markup.section('Results', *parts)
+
+
+def _paired_tests(groups):
+  """Yields a paired t-test over the seeds of every two configs."""
+  rows = []
+  for a, b in itertools.combinations(groups, 2):
+    for metric, name, form in _METRICS[:1] + _METRICS[3:4]:
+      test = statistics.paired_t(a.finals(metric), b.finals(metric))
+      if test:
+        rows.append(
+          [f'{b.name} less {a.name}', name, number(test.difference, f'+{form}')]
+          + [number(test.p, '.3g'), number(test.n)]
+        )
+  if rows:
+    yield '<h3>Paired t-test over seeds</h3>'
+    yield markup.table(['configs', 'metric', 'difference', 'p', 'seeds'], rows)
+    yield markup.paragraph(
+      'Whether the difference would be another with other seeds. Two-sided; few seeds find large '
+      'differences alone.',
+      faint=True,
+    )
+
+
+def _mcnemar(groups):
+  """Yields McNemar's exact test on the images of every two runs of a seed."""
+  rows, other_images, compared = [], False, set()
+  for a, b in itertools.combinations(groups, 2):
+    for first, second in _pairs(a, b):
+      if first.predictions is None or second.predictions is None:
+        continue
+      test = statistics.mcnemar(first.predictions, second.predictions)
+      if test is None:
+        other_images = True
+        continue
+      compared.add(first.predictions.split)
+      seed = '' if len(a.runs) == len(b.runs) == 1 else str(first.seed)
+      rows.append(
+        [f'{b.name} against {a.name}', seed, number(test.only_second), number(test.only_first)]
+        + [number(test.p, '.3g'), number(test.n)]
+      )
+  if rows:
+    yield "<h3>McNemar's exact test on images</h3>"
+    head = ['configs', 'seed', 'only the first is right', 'only the second', 'p', 'images']
+    yield markup.table(head, rows)
+    yield markup.paragraph(
+      'Whether the difference of two trained networks would be another with other images. It says '
+      'nothing of other seeds.',
+      faint=True,
+    )
+  if 'val' in compared:
+    yield markup.paragraph('Validation images are compared, by which checkpoints were chosen.')
+  if other_images:
+    yield markup.paragraph('Runs whose predictions are not of the same images are not compared.')
+
+
+def _pairs(a: Group, b: Group):
+  """Returns the runs to compare: those of a seed, or of a group of one run each."""
+  if len(a.runs) == len(b.runs) == 1:
+    return [(a.runs[0], b.runs[0])]
+  second = {run.seed: run for run in b.runs}
+  return [(run, second[run.seed]) for run in a.runs if run.seed in second]
+
+
+def _curves(groups, plots):
+  parts = []
+  for metric, name, title, percent in _CURVES:
+    drawn = []
+    for color, group in enumerate(groups):
+      label, style = group.name, 'thin' if len(group.runs) > 1 else 'line'
+      for run in group.runs:
+        x, y = run.curve(metric)
+        if x:
+          drawn.append(Line(label, x, y, color, style))
+          label = ''  # one line of a group is named
+    if drawn:
+      parts.append(plots(name, title, figures.lines, drawn, percent=percent))
+  if not parts:
+    return markup.section('Curves', markup.paragraph('No run has written any metric yet.'))
+  return markup.section('Curves', markup.grid(parts))
+
+
+def _differences(groups):
+  if len(groups) == 1:
+    rows = [[key, str(value)] for key, value in groups[0].runs[0].config.items() if key != 'seed']
+    table = markup.details(f'{len(rows)} keys', markup.table(['key', 'value'], rows))
+    return markup.section('Config', table)
+  found = records.config_differences(groups)
+  if not found:
+    return markup.section('Config', markup.paragraph('The configs do not differ.'))
+  rows = [[key, *(str(value) for value in values)] for key, values in found.items()]
+  head = ['key', *(group.name for group in groups)]
+  return markup.section('In what the configs differ', markup.table(head, rows))

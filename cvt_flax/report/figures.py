@@ -1,0 +1,177 @@
+"""Figures of a report, each drawn for a light and for a dark page."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+_WIDTH, _HEIGHT = 4.6, 2.9  # inches; small, so that letters stay readable on a telephone
+_DPI = 170
+_TEXT = 9  # points
+_MOST_MARKED = 30  # points of a line of which each is seen
+_LONGEST_NAME = 20  # letters
+_MOST_ANNOTATED = 12  # classes of a confusion matrix that has its numbers in it
+MOST_IN_MATRIX = 40  # classes of which a matrix can still be read
+MOST_BARS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+  """Colours on a transparent background. Those of lines are Okabe and Ito's, for the colour-blind.
+
+  On dark they begin with those that are bright.
+  """
+
+  name: str
+  text: str
+  faint: str
+  lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+  'light', '#24292f', '#d0d7de', ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+)
+DARK = Theme(
+  'dark', '#e6edf3', '#3d444d', ('#56b4e9', '#e69f00', '#2fc79a', '#cc79a7', '#f0e442', '#d55e00')
+)
+THEMES = (LIGHT, DARK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """One line of a plot.
+
+  Attributes:
+    label: in the legend; '' for none.
+    x, y: its points.
+    color: the number of its colour.
+    style: 'line', 'thin', or 'star' for points alone.
+  """
+
+  label: str
+  x: Sequence[float]
+  y: Sequence[float]
+  color: int
+  style: str = 'line'
+
+
+_STYLES = {
+  'line': dict(linewidth=2.0, marker='o', markersize=3.5),
+  'thin': dict(linewidth=1.0, alpha=0.55),
+  'star': dict(linestyle='none', marker='*', markersize=13, zorder=5),
+}
+
+
+def lines(theme: Theme, drawn: Sequence[Line], percent: bool = False) -> Figure:
+  """Returns lines over epochs.
+
+  Args:
+    theme: its colours.
+    drawn: at least one, each with a point.
+    percent: whether values are shares.
+  """
+  figure, axes = _figure(theme, _WIDTH, _HEIGHT)
+  for line in drawn:
+    style = dict(_STYLES[line.style])
+    if len(line.x) == 1:  # of one point a line shows nothing
+      style.setdefault('marker', 'o')
+    elif len(line.x) > _MOST_MARKED and line.style == 'line':
+      del style['marker']
+    color = theme.lines[line.color % len(theme.lines)]
+    axes.plot(line.x, line.y, color=color, label=line.label or '_', **style)
+  if percent:
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+  else:
+    axes.ticklabel_format(axis='y', scilimits=(-2, 4), useMathText=True)
+    axes.yaxis.get_offset_text().set(color=theme.text, fontsize=_TEXT)
+  axes.set_xlabel('epoch', color=theme.text, fontsize=_TEXT)
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for d in drawn for x in d.x) > 6))
+  axes.grid(True, color=theme.faint, linewidth=0.6)
+  if any(line.label for line in drawn):
+    legend = axes.legend(frameon=False, fontsize=_TEXT, labelcolor=theme.text)
+    for text in legend.get_texts():
+      text.set_parse_math(False)
+  return figure
+
+
+def bars(theme: Theme, names: Sequence[str], shares: Sequence[float]) -> Figure:
+  """Returns horizontal bars of shares from 0 to 1, the first on top."""
+  figure, axes = _figure(theme, _WIDTH, 0.8 + 0.24 * len(names))
+  places = np.arange(len(names))
+  axes.barh(places, shares, color=theme.lines[0], height=0.7)
+  for place, share in zip(places, shares, strict=True):
+    axes.text(
+      min(share + 0.01, 1.01), place, f'{share:.0%}', va='center', color=theme.text, fontsize=8
+    )
+  axes.set_yticks(places)
+  _name_ticks(axes.set_yticklabels(_shortened(names)))
+  axes.set_xlim(0, 1.1)
+  axes.set_xticks(np.linspace(0, 1, 6))
+  axes.xaxis.set_major_formatter(PercentFormatter(1))
+  axes.set_ylim(len(names) - 0.4, -0.6)
+  axes.tick_params(axis='y', length=0)
+  return figure
+
+
+def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
+  """Returns a confusion matrix: of each right class (rows), the shares by prediction."""
+  k = len(names)
+  size = np.clip(1.2 + 0.42 * k, 3.4, 6.2)
+  figure, axes = _figure(theme, size, size)
+  shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+  image = axes.imshow(shares, cmap='cividis', vmin=0, vmax=1)
+  axes.set_xticks(range(k))
+  axes.set_yticks(range(k))
+  _name_ticks(axes.set_xticklabels(_shortened(names), rotation=90 if k > 3 else 0))
+  _name_ticks(axes.set_yticklabels(_shortened(names)))
+  axes.tick_params(length=0, labelsize=_TEXT if k <= _MOST_ANNOTATED else 6.5)
+  axes.set_xlabel('predicted', color=theme.text, fontsize=_TEXT)
+  axes.set_ylabel('right', color=theme.text, fontsize=_TEXT)
+  if k > _MOST_ANNOTATED:
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, format=PercentFormatter(1))
+    bar.ax.tick_params(colors=theme.text, labelsize=8)
+    bar.outline.set_visible(False)
+    return figure
+  for (i, j), share in np.ndenumerate(shares):
+    if matrix[i, j]:
+      color = '#1b1b1b' if share > 0.55 else '#f4f4f4'
+      axes.text(j, i, f'{100 * share:.0f}', ha='center', va='center', color=color, fontsize=8)
+  return figure
+
+
+def png(figure: Figure) -> bytes:
+  """Returns a figure as PNG with a transparent background."""
+  file = io.BytesIO()
+  with warnings.catch_warnings():
+    # Class names may have letters that the font lacks; the tables of the page show them.
+    warnings.filterwarnings('ignore', message='Glyph .* missing from')
+    figure.savefig(file, format='png', dpi=_DPI, transparent=True, metadata={'Software': None})
+  return file.getvalue()
+
+
+def _figure(theme, width, height):
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots()
+  for side, spine in axes.spines.items():
+    spine.set_visible(side in ('left', 'bottom'))
+    spine.set_color(theme.faint)
+  axes.tick_params(colors=theme.text, labelsize=_TEXT, color=theme.faint)
+  axes.set_axisbelow(True)
+  return figure, axes
+
+
+def _shortened(names):
+  return [n if len(n) <= _LONGEST_NAME else f'{n[: _LONGEST_NAME - 1]}…' for n in names]
+
+
+def _name_ticks(texts):
+  for text in texts:
+    text.set_parse_math(False)  # a class may be called $5

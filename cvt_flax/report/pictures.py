@@ -1,0 +1,145 @@
+"""Images of a run's source, and what the network attends to in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from cvt_flax.data import images, sources
+from cvt_flax.data.dataset import Dataset, Example, Split
+from cvt_flax.errors import UserError
+from cvt_flax.models.attention_maps import attention_maps
+from cvt_flax.ops.pixels import normalize_pixels
+from cvt_flax.report.predictions import Predictions
+from cvt_flax.report.records import Run
+from cvt_flax.weights.pretrained import Weights
+
+_SIDE = 160  # pixels of a picture with attention over it
+_GAP = 4  # between two of them
+_HEAT = 0.6  # share of the heat in the mixture
+_LARGEST_EXACT = 64  # pixels of an image that is kept as PNG, which is exact
+_QUALITY = 88  # of JPEG
+
+
+class Source:
+  """The split that a run's predictions are of, by the index that they name images by."""
+
+  def __init__(self, run: Run):
+    """Opens it.
+
+    Raises:
+      UserError: the source is gone, or has no such split.
+    """
+    c = run.config
+    self._size, self._crop_ratio = c['image_size'], c['crop_ratio']
+    dataset = sources.load(
+      c['source'], data_dir=c['data_dir'], holdout=c['eval.holdout'], seed=c['seed']
+    )
+    if dataset.class_names != run.class_names:
+      raise UserError(f'{c["source"]} has other classes than when the run was made')
+    named = run.predictions and run.predictions.split
+    self._split, self._held_out = _split(dataset, named)
+
+  def example(self, index: int, label: int) -> Example:
+    """Returns an image of the predictions.
+
+    Raises:
+      UserError: it is not there any more, or has another label.
+    """
+    place = index
+    if self._held_out is not None:
+      place = int(np.searchsorted(self._held_out, index))
+    found = self._split[place] if place < len(self._split) else None
+    if found is None or (found.index, found.label) != (index, label):
+      raise UserError(f'{self._split.name} has changed since the run')
+    return found
+
+  def spread(self, p: Predictions | None, count: int) -> list[Example]:
+    """Returns images at even distances of the predictions; without them, of the split.
+
+    Raises:
+      UserError: they are not those of the predictions.
+    """
+    n = len(self._split if p is None else p)
+    places = np.linspace(0, n - 1, min(count, n)).round().astype(int).tolist()
+    if p is None:
+      return self._split.__getitems__(places)
+    return [self.example(int(p.index[i]), int(p.label[i])) for i in places]
+
+  def pixels(self, example: Example) -> np.ndarray:
+    """Returns uint8 [size, size, 3], as the network gets it."""
+    return images.prepare(example.image, example.name, self._size, self._crop_ratio)
+
+
+def _split(dataset: Dataset, named: str | None) -> tuple[Split, np.ndarray | None]:
+  """Returns the split and, where its images were held out of train, their indices."""
+  if dataset.test is not None and named != 'val':
+    return dataset.test, None
+  if dataset.validation is None or named == 'test':
+    raise UserError(f'{dataset.name} has no {named or "validation"} split')
+  return dataset.validation, dataset.held_out if dataset.held_out.size else None
+
+
+def attended(weights: Weights, pixels: np.ndarray) -> list[np.ndarray]:
+  """Returns attention maps, the mean over their heads: float32 [b h w] for every stage.
+
+  Args:
+    weights: of the network.
+    pixels: uint8 [b size size 3].
+  """
+  steps = weights.description.preprocessing
+  # It runs once, and to compile it with all optimisations would take the CPU longer than to run it.
+  quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+
+  def compute(variables, pixels):
+    batch = normalize_pixels(pixels, steps.mean, steps.std)
+    return [jnp.mean(m, axis=1) for m in attention_maps(weights.model, variables, batch)]
+
+  return jax.device_get(jax.jit(compute, compiler_options=quick)(weights.variables, pixels))
+
+
+def row(pixels: np.ndarray, maps: Sequence[np.ndarray]) -> bytes:
+  """Returns a PNG: an image, and beside it itself with each map over it, its peak brightest.
+
+  Args:
+    pixels: uint8 [size size 3].
+    maps: float [h w].
+  """
+  image = Image.fromarray(pixels)
+  exact = image.width <= _LARGEST_EXACT
+  image = image.resize(
+    (_SIDE, _SIDE), Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC
+  )
+  tiles = [np.asarray(image)]
+  grey = np.asarray(image.convert('L').convert('RGB'), np.float32)
+  for heat in maps:
+    heat = Image.fromarray(np.asarray(heat / heat.max(), np.float32))
+    heat = np.asarray(heat.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
+    colors = 255 * matplotlib.colormaps['inferno'](heat)[..., :3]
+    tiles.append(np.round((1 - _HEAT) * grey + _HEAT * colors).astype(np.uint8))
+  whole = np.zeros((_SIDE, len(tiles) * (_SIDE + _GAP) - _GAP, 4), np.uint8)
+  for i, tile in enumerate(tiles):
+    part = whole[:, i * (_SIDE + _GAP) :][:, :_SIDE]
+    part[..., :3], part[..., 3] = tile, 255
+  return _encoded(Image.fromarray(whole), 'PNG')
+
+
+def thumbnail(pixels: np.ndarray) -> tuple[bytes, str]:
+  """Returns an encoded image, at most 224 pixels wide, and its MIME type."""
+  image = Image.fromarray(pixels)
+  if image.width <= _LARGEST_EXACT:
+    return _encoded(image, 'PNG'), 'image/png'
+  image.thumbnail((224, 224))
+  return _encoded(image, 'JPEG', quality=_QUALITY), 'image/jpeg'
+
+
+def _encoded(image, kind, **options):
+  file = io.BytesIO()
+  image.save(file, kind, **options)
+  return file.getvalue()

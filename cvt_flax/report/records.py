@@ -1,0 +1,161 @@
+"""What run folders hold, read for a report; nothing of it is computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from cvt_flax.errors import UserError
+from cvt_flax.report import predictions
+from cvt_flax.report.predictions import Predictions
+from cvt_flax.weights import run_folder
+
+# The runs of one config over several seeds lie in one folder, each in one of this name.
+SEED_FOLDER = 'seed-{}'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """One run folder.
+
+  Attributes:
+    folder: where it is.
+    config: {dotted key: value}.
+    class_names: of the labels.
+    hardware: of the last start: 'devices', 'platform', 'versions' and so on.
+    lines: of metrics.jsonl.
+    predictions: None where the run has not written them.
+  """
+
+  folder: pathlib.Path
+  config: dict
+  class_names: tuple[str, ...]
+  hardware: dict
+  lines: list[dict]
+  predictions: Predictions | None
+
+  @property
+  def seed(self) -> int:
+    return self.config['seed']
+
+  def curve(self, metric: str) -> tuple[list[float], list[float]]:
+    """Returns the epochs and the values of a metric, where it was finite."""
+    points = [(x['epoch'], x[metric]) for x in self.lines if x.get(metric) is not None]
+    return [epoch for epoch, _ in points], [value for _, value in points]
+
+  @functools.cached_property
+  def final(self) -> dict:
+    """The metrics of the best checkpoint, and its 'epoch'; {} while the run is not finished."""
+    done = [line for line in self.lines if 'checkpoint' in line]
+    if not done:
+      return {}
+    step = done[-1]['checkpoint']
+    found = {name: value for name, value in done[-1].items() if name not in ('step', 'epoch')}
+    for line in self.lines:
+      if line['step'] == step:
+        found['epoch'] = line['epoch']
+        found |= {name: value for name, value in line.items() if name.startswith('val/')}
+    return found
+
+  def parameters(self) -> list[tuple[str, str, int]]:
+    """Returns (name, shape, numbers in it) of every parameter; [] where no table was written."""
+    path = self.folder / run_folder.PARAMETERS
+    if not path.exists():
+      return []
+    cells = [[c.strip() for c in row.split('|')] for row in path.read_text().splitlines()]
+    rows = [c for c in cells if len(c) == 6 and c[4].replace(',', '').isdigit()]
+    return [(name, shape, int(size.replace(',', ''))) for _, name, shape, _, size, _ in rows]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+  """The runs of one config: one, or one for each of several seeds."""
+
+  name: str
+  runs: tuple[Run, ...]
+
+  def finals(self, metric: str) -> dict[int, float]:
+    """Returns {seed: value} of a metric of the best checkpoints, where a run has it."""
+    return {r.seed: r.final[metric] for r in self.runs if r.final.get(metric) is not None}
+
+
+def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
+  """Returns a group for every folder: of a run, or of runs over several seeds.
+
+  Raises:
+    UserError: a folder holds no run, or is damaged.
+  """
+  paths = [pathlib.Path(folder) for folder in folders]
+  names = [path.absolute().name for path in paths]
+  if len(set(names)) < len(names):
+    names = [str(path) for path in paths]
+  if len(set(names)) < len(names):
+    raise UserError('the same run is given twice')
+  return [Group(name, _runs(path)) for name, path in zip(names, paths, strict=True)]
+
+
+def _runs(folder):
+  if (folder / run_folder.EXPERIMENT).is_file():
+    return (read_run(folder),)
+  found = [p.parent for p in folder.glob(f'{SEED_FOLDER.format("*")}/{run_folder.EXPERIMENT}')]
+  if not found:
+    what = 'holds no run' if folder.is_dir() else 'there is no such folder'
+    raise UserError(f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...')
+  return tuple(sorted((read_run(path) for path in found), key=lambda run: run.seed))
+
+
+def read_run(folder: pathlib.Path) -> Run:
+  """Reads one run folder.
+
+  Raises:
+    UserError: a file in it is missing or damaged.
+  """
+  path = folder / run_folder.EXPERIMENT
+  try:
+    record = json.loads(path.read_text())
+    config = dict(_flat(record['config']))
+    seed, source = config['seed'], config['source']
+    names, hardware = tuple(record['class_names']), dict(record['hardware'])
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'{path} is damaged ({type(e).__name__}: {e})') from e
+  if not isinstance(seed, int) or not isinstance(source, str):
+    raise UserError(f'{path} is damaged: seed={seed!r}, source={source!r}')
+  return Run(
+    folder,
+    config,
+    names,
+    hardware,
+    run_folder.read_metrics(folder / run_folder.METRICS),
+    predictions.read(folder / run_folder.PREDICTIONS),
+  )
+
+
+def _flat(config: Mapping, prefix=''):
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}', tuple(value) if isinstance(value, list) else value
+
+
+def config_differences(groups: Sequence[Group]) -> dict[str, list]:
+  """Returns {dotted key: its value in each group} of the keys in which the groups differ.
+
+  The seed is not one of them where a group has several; a key that an older run does not know is
+  None.
+  """
+  configs = [group.runs[0].config for group in groups]
+  keys = dict.fromkeys(key for config in configs for key in config)
+  if any(len(group.runs) > 1 for group in groups):
+    keys.pop('seed')
+  rows = {key: [config.get(key) for config in configs] for key in keys}
+  return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
+
+
+def default_output(groups: Sequence[Group], folders: Sequence[str | pathlib.Path]) -> pathlib.Path:
+  """Returns where a report goes: into the run's folder, for several into the first one's."""
+  return pathlib.Path(folders[0], 'report', 'comparison' if len(groups) > 1 else os.curdir)

@@ -1,0 +1,297 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+import pathlib
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from cvt_flax.errors import UserError
+from cvt_flax.report import figures, markup, pictures, statistics
+from cvt_flax.report.figures import Line
+from cvt_flax.report.markup import number
+from cvt_flax.report.predictions import Predictions
+from cvt_flax.report.records import Run
+from cvt_flax.weights import pretrained, run_folder
+
+_SPLITS = {'val': 'validation', 'test': 'test'}
+_MISTAKES, _ATTENDED, _CONFUSED = 12, 6, 10
+# What the numbers of a run are called; those that are shares of images.
+_SHARES = {'top1': 'top-1', 'top5': 'top-5'}
+
+
+class Plots:
+  """Draws figures for a page, and writes each as NAME.png and NAME-dark.png beside it."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+
+  def __call__(self, name: str, title: str, draw, *args, **kwargs) -> str:
+    """Returns the figure draw(theme, *args, **kwargs) in both themes, as HTML."""
+    drawn = [figures.png(draw(theme, *args, **kwargs)) for theme in figures.THEMES]
+    for data, ending in zip(drawn, ('', '-dark'), strict=True):
+      (self._folder / f'{name}{ending}.png').write_bytes(data)
+    return markup.plot(title, *drawn)
+
+
+def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
+  """Yields the parts of the page of a run, whose figures are written to `folder` too."""
+  plots = Plots(folder)
+  yield _head(run)
+  yield _curves(run, plots)
+  yield _results(run)
+  p = run.predictions
+  if p is None:
+    yield markup.section(
+      'Predictions',
+      markup.paragraph(
+        f'{run_folder.PREDICTIONS} is not there, so there are no confusion matrix and no mistakes: '
+        'a run writes it with its last evaluation, if it has a test or validation split.'
+      ),
+    )
+  else:
+    yield _classes(run, p, plots)
+  yield from _of_source(run, p, folder)
+  yield _config(run)
+  yield _parameters(run)
+
+
+def _head(run):
+  c, final, p = run.config, run.final, run.predictions
+  values = []
+  for split, words in reversed(_SPLITS.items()):
+    if f'{split}/top1' in final:
+      n = final[f'{split}/images']
+      low, high = statistics.interval(round(final[f'{split}/top1'] * n), n)
+      more = f'{n:,} images; 95 % interval {low:.1%} to {high:.1%}'
+      values.append((f'{final[f"{split}/top1"]:.1%}', f'{words} top-1', more))
+  epochs, _ = run.curve('train/loss')
+  if epochs:
+    best = f'best checkpoint: {final["epoch"]:g}' if 'epoch' in final else 'not finished'
+    values.append((f'{epochs[-1]:g}', 'epochs', best))
+  parameters = sum(size for _, _, size in run.parameters())
+  if parameters:
+    values.append((f'{parameters / 1e6:.3g} M', 'parameters', str(c['model.name'])))
+  _, rates = run.curve('train/images_per_sec')
+  if rates:
+    devices = ', '.join(f'{n} x {kind}' for kind, n in Counter(run.hardware['devices']).items())
+    values.append((f'{np.median(rates):,.0f}', 'images a second', f'median, on {devices}'))
+  values.append((f'{len(run.class_names):,}', 'classes', c['source']))
+  title = c['name'] or run.folder.absolute().name
+  parts = [markup.heading(title, f'{run.folder}, seed {c["seed"]}')]
+  if not final:
+    parts.append(markup.paragraph('The run is not finished: this is what it has written so far.'))
+  elif p is not None and p.step != final['checkpoint']:
+    parts.append(
+      markup.paragraph(
+        f'The predictions are of step {p.step}, the metrics of step {final["checkpoint"]}.'
+      )
+    )
+  return '\n'.join([*parts, markup.cards(values)])
+
+
+def _curves(run, plots):
+  parts = []
+  for metric, title, percent in (('loss', 'Loss', False), ('top1', 'Top-1 accuracy', True)):
+    drawn = []
+    for split, color, style in (('train', 0, 'thin'), ('val', 1, 'line')):
+      x, y = run.curve(f'{split}/{metric}')
+      if x:
+        drawn.append(Line(_SPLITS.get(split, split), x, y, color, style))
+    test = run.final.get(f'test/{metric}')
+    if test is not None:
+      x, _ = run.curve('train/loss')
+      drawn.append(Line('test', [run.final.get('epoch', x[-1])], [test], 2, 'star'))
+    if drawn:
+      name = 'loss' if metric == 'loss' else 'accuracy'
+      parts.append(plots(name, title, figures.lines, drawn, percent=percent))
+  for metric, name, title in (
+    ('train/learning_rate', 'learning_rate', 'Learning rate'),
+    ('train/images_per_sec', 'throughput', 'Training images a second'),
+  ):
+    x, y = run.curve(metric)
+    if x:
+      parts.append(plots(name, title, figures.lines, [Line('', x, y, 0)]))
+  if not parts:
+    return markup.section('Curves', markup.paragraph('The run has not written any metric yet.'))
+  note = markup.paragraph(
+    'Training values are means since the line before, over augmented images and by weights that '
+    'move on; validation and test are whole splits as they are.',
+    faint=True,
+  )
+  return markup.section('Curves', note, markup.grid(parts))
+
+
+def _results(run):
+  rows = []
+  for name in dict.fromkeys(key.partition('/')[0] for key in run.final if '/' in key):
+    values = {k.partition('/')[2]: v for k, v in run.final.items() if k.startswith(f'{name}/')}
+    shares = [number(values.get(key), '.2%') for key in _SHARES]
+    rows.append(
+      [_SPLITS.get(name, name), number(values.get('images')), *shares]
+      + [number(values.get('loss'), '.4f')]
+    )
+  parts = []
+  if rows:
+    parts.append(markup.table(['split', 'images', *_SHARES.values(), 'loss'], rows))
+    step = run.final['checkpoint']
+    where = f', epoch {run.final["epoch"]:g}' if 'epoch' in run.final else ''
+    parts.append(
+      markup.paragraph(
+        f'Of the checkpoint of step {step}{where}; it was chosen by validation, not by test.'
+        if 'val/top1' in run.final
+        else f'Of the checkpoint of step {step}{where}, the last one.',
+        faint=True,
+      )
+    )
+  else:
+    parts.append(
+      markup.paragraph('There are none yet: the run has not evaluated its best weights.')
+    )
+  p = run.predictions
+  if p is not None and len(run.class_names) == 2:
+    positive = run.class_names[1]
+    found = [[name, number(value, '.2%')] for name, value in statistics.two_class(p).items()]
+    parts.append(markup.table([f'two classes, {_SPLITS[p.split]}', ''], found))
+    parts.append(markup.paragraph(f'F1 and AUC are of {positive!r} against the other.', faint=True))
+  return markup.section('Results', *parts)
+
+
+def _classes(run, p: Predictions, plots):
+  names = run.class_names
+  matrix = statistics.confusion(p, len(names))
+  counts = matrix.sum(1)
+  there = np.flatnonzero(counts)
+  accuracy = np.diag(matrix)[there] / counts[there]
+  order = np.argsort(accuracy, kind='stable')
+  rows = [
+    [names[there[i]], number(int(counts[there[i]])), number(float(accuracy[i]), '.1%')]
+    for i in order
+  ]
+  shown, title = order, 'Accuracy by class'
+  if len(order) > figures.MOST_BARS:
+    half = figures.MOST_BARS // 2
+    shown = np.concatenate([order[:half], order[-half:]])
+    title = f'Accuracy by class, the {half} lowest and the {half} highest of {len(order)}'
+  drawn = [plots('classes', title, figures.bars, [names[there[i]] for i in shown], accuracy[shown])]
+  if len(names) <= figures.MOST_IN_MATRIX:
+    heading = 'Confusion, in percent of the right class'
+    drawn.append(plots('confusion', heading, figures.confusion, names, matrix))
+  confused = [
+    [names[i], names[j], number(n), number(n / int(counts[i]), '.1%')]
+    for i, j, n in statistics.most_confused(matrix, _CONFUSED)
+  ]
+  parts = [
+    markup.paragraph(f'{int(p.hits.sum()):,} of {len(p):,} {_SPLITS[p.split]} images are right.')
+  ]
+  if not run.final.get('test/top1') and p.split == 'val':
+    parts.append(markup.paragraph('There is no test split; the checkpoint was chosen by these.'))
+  parts.append(markup.grid(drawn))
+  if confused:
+    head = ['right', 'predicted', 'images', 'of the class']
+    parts.append('<h3>Most frequent mistakes</h3>' + markup.table(head, confused))
+  parts.append(markup.details('all classes', markup.table(['class', 'images', 'accuracy'], rows)))
+  return markup.section('Classes', *parts)
+
+
+def _of_source(run, p, folder):
+  """Yields what needs the images of the run's source: mistakes and attention."""
+  try:
+    source = pictures.Source(run)
+  except UserError as e:
+    yield markup.section('Images', markup.paragraph(f'Images cannot be shown: {e}.'))
+    return
+  for title, part in (('Worst mistakes', _mistakes), ('Attention', _attention)):
+    try:
+      found = part(run, p, source, folder)
+    except UserError as e:
+      found = [markup.paragraph(f'This cannot be shown: {e}.')]
+    if found:
+      yield markup.section(title, *found)
+
+
+def _mistakes(run, p, source, folder):
+  del folder
+  if p is None:
+    return []
+  shown = []
+  for i in statistics.worst_mistakes(p, _MISTAKES):
+    example = source.example(int(p.index[i]), int(p.label[i]))
+    pixels = source.pixels(example)
+    data, kind = pictures.thumbnail(pixels)
+    caption = (
+      f'{run.class_names[p.prediction[i]]} {p.probability[i]:.0%}, right: '
+      f'{run.class_names[p.label[i]]} {p.label_probability[i]:.1%}'
+    )
+    shown.append(markup.picture(data, kind, caption, exact=kind == 'image/png'))
+  if not shown:
+    return [markup.paragraph('There are none: every image is right.')]
+  words = 'Those that the network was surest of. They may show wrong labels as well.'
+  return [markup.paragraph(words, faint=True), markup.thumbnails(shown)]
+
+
+def _attention(run, p, source, folder):
+  weights = pretrained.load(run.folder)
+  examples = source.spread(p, _ATTENDED)
+  pixels = np.stack([source.pixels(e) for e in examples])
+  maps = pictures.attended(weights, pixels)
+  predicted = {}
+  if p is not None:
+    predicted = dict(zip(p.index.tolist(), p.prediction.tolist(), strict=True))
+  # A single key gets all attention there is: nothing to see.
+  drawn = [m for m in maps if m[0].size > 1]
+  shown = []
+  for i, example in enumerate(examples):
+    data = pictures.row(pixels[i], [m[i] for m in drawn])
+    (folder / f'attention-{i}.png').write_bytes(data)
+    caption = run.class_names[example.label]
+    guess = predicted.get(example.index)
+    if guess is not None and guess != example.label:
+      caption += f', taken for {run.class_names[guess]}'
+    shown.append(markup.picture(data, 'image/png', caption))
+  tokens = weights.model.cls_token or (False,) * len(maps)
+  stages = []
+  for s, (token, found) in enumerate(zip(tokens, maps, strict=True), start=1):
+    of = 'class token' if token else 'mean over all queries'
+    height, width = found[0].shape
+    keys = f'{height}x{width} keys' if found[0].size > 1 else 'a single key, not shown'
+    stages.append(f'stage {s}: {of}, {keys}')
+  words = (
+    'From left to right the image, then where the last block of each stage looks: the mean over '
+    f'its heads, brightest where it looks most. {"; ".join(stages).capitalize()}.'
+  )
+  return [markup.paragraph(words, faint=True), markup.grid(shown)]
+
+
+def _config(run):
+  rows = [[name, str(value)] for name, value in run.config.items()]
+  versions = [
+    [name, ', '.join(map(str, v)) if isinstance(v, list) else str(v)]
+    for name, v in (run.hardware | run.hardware.get('versions', {})).items()
+    if name != 'versions'
+  ]
+  return markup.section(
+    'Config',
+    markup.details(f'{len(rows)} keys', markup.table(['key', 'value'], rows)),
+    markup.details('versions and devices', markup.table(['', ''], versions)),
+  )
+
+
+def _parameters(run):
+  table = run.parameters()
+  if not table:
+    return markup.section('Parameters', markup.paragraph(f'{run_folder.PARAMETERS} is not there.'))
+  sums = Counter()
+  for name, _, size in table:
+    sums[name.partition('/')[0]] += size
+  total = sums.total()
+  rows = [[name, number(size), number(size / total, '.1%')] for name, size in sums.items()]
+  rows.append(['all', number(total), number(1.0, '.1%')])
+  every = [[name, shape, number(size)] for name, shape, size in table]
+  return markup.section(
+    'Parameters',
+    markup.table(['part', 'parameters', ''], rows),
+    markup.details('every parameter', markup.table(['name', 'shape', 'size'], every)),
+  )

@@ -1,0 +1,116 @@
+"""What is computed of predictions and of final metrics, for a report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import scipy.stats
+import sklearn.metrics
+
+from cvt_flax.report.predictions import Predictions
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedT:
+  """A paired t-test over seeds: mean of the differences, two-sided p, number of pairs."""
+
+  difference: float
+  p: float
+  n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class McNemar:
+  """McNemar's exact test on the same images.
+
+  Attributes:
+    only_first, only_second: images that one of the two has right, and the other wrong.
+    p: two-sided.
+    n: images.
+  """
+
+  only_first: int
+  only_second: int
+  p: float
+  n: int
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+  """Returns the mean and the standard deviation of a sample (n - 1); None for that of one."""
+  return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedT | None:
+  """Compares {seed: value} over the seeds that both have.
+
+  Returns:
+    The test, whose difference is b - a; None with fewer than two seeds, or where all differences
+    are equal, of which the test says nothing.
+  """
+  seeds = sorted(a.keys() & b.keys())
+  first, second = np.array([a[s] for s in seeds]), np.array([b[s] for s in seeds])
+  if len(seeds) < 2 or np.ptp(second - first) < 1e-12:
+    return None
+  p = scipy.stats.ttest_rel(second, first).pvalue
+  return PairedT(float(np.mean(second - first)), float(p), len(seeds))
+
+
+def mcnemar(a: Predictions, b: Predictions) -> McNemar | None:
+  """Compares two runs image by image; None where these are not the same labelled images."""
+  orders = [np.argsort(x.index, kind='stable') for x in (a, b)]
+  same = a.split == b.split and all(
+    np.array_equal(getattr(a, name)[orders[0]], getattr(b, name)[orders[1]])
+    for name in ('index', 'label')
+  )
+  if not same:
+    return None
+  first, second = a.hits[orders[0]], b.hits[orders[1]]
+  only_first, only_second = int(np.sum(first & ~second)), int(np.sum(second & ~first))
+  discordant = only_first + only_second
+  p = scipy.stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
+  return McNemar(only_first, only_second, float(p), len(first))
+
+
+def interval(hits: int, n: int) -> tuple[float, float]:
+  """Returns Wilson's 95 % interval of a share, hits of n."""
+  found = scipy.stats.binomtest(hits, n).proportion_ci(0.95, 'wilson')
+  return float(found.low), float(found.high)
+
+
+def confusion(p: Predictions, classes: int) -> np.ndarray:
+  """Returns int [classes, classes]: images of each right class (rows) by their prediction."""
+  return sklearn.metrics.confusion_matrix(p.label, p.prediction, labels=range(classes))
+
+
+def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
+  """Returns the most frequent mistakes as (right class, prediction, images), most first."""
+  wrong = matrix - np.diag(np.diag(matrix))
+  order = np.argsort(-wrong, axis=None, kind='stable')[:count]
+  pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+  return [(int(i), int(j), int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
+
+
+def worst_mistakes(p: Predictions, count: int) -> np.ndarray:
+  """Returns where in `p` the mistakes are that were made with the highest probability."""
+  wrong = np.flatnonzero(~p.hits)
+  return wrong[np.argsort(-p.probability[wrong], kind='stable')[:count]]
+
+
+def two_class(p: Predictions) -> dict[str, float]:
+  """Returns metrics of two classes, the second of which is the positive one.
+
+  The AUC is left out where the images are all of one class.
+  """
+  found = {
+    'balanced accuracy': sklearn.metrics.recall_score(
+      p.label, p.prediction, labels=np.unique(p.label), average='macro', zero_division=0.0
+    ),
+    'F1': sklearn.metrics.f1_score(p.label, p.prediction, zero_division=0.0),
+    'accuracy of always taking the larger class': np.bincount(p.label).max() / len(p),
+  }
+  if len(np.unique(p.label)) == 2:
+    positive = np.where(p.prediction == 1, p.probability, 1 - p.probability)
+    found['AUC'] = sklearn.metrics.roc_auc_score(p.label, positive)
+  return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,220 @@
+"""The page: what it shows of a run and of several, and what it says where something is missing."""
+
+import html.parser
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cvt_flax.errors import UserError
+from cvt_flax.report import figures
+from cvt_flax.report.__main__ import main
+from cvt_flax.report.writer import write_report
+
+
+class Page(html.parser.HTMLParser):
+  """The text of a page, what it refers to, and whether its elements are closed in order."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.words, self.links, self.open, self.headings = '', [], [], []
+    self.feed(path.read_text(encoding='utf-8'))
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.links += [value for name, value in attrs if name in ('src', 'srcset', 'href')]
+    if tag not in ('meta', 'img', 'source', '!doctype'):
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] == 'h2':
+      self.headings.append(data)
+    if self.open and self.open[-1] not in ('style', 'script'):
+      self.words += data + ' '
+
+
+@pytest.fixture(scope='module')
+def page(trained):  # noqa: F811
+  """The page that the run itself wrote when it ended."""
+  return Page(trained[1] / 'report' / 'index.html')
+
+
+def test_a_run_ends_with_its_report(page):
+  assert page.headings == [
+    'Curves',
+    'Results',
+    'Classes',
+    'Worst mistakes',
+    'Attention',
+    'Config',
+    'Parameters',
+  ]
+  assert 'cannot be shown' not in page.words and 'is not there' not in page.words
+
+
+def test_the_page_needs_nothing_else(page):
+  assert len(page.links) > 10
+  assert all(link.startswith('data:image/') for link in page.links)
+
+
+def test_the_page_has_the_numbers_of_the_run(page, trained):  # noqa: F811
+  _, folder, metrics = trained
+  assert f'{metrics["test/top1"]:.2%}' in page.words and f'{metrics["test/loss"]:.4f}' in page.words
+  hits = round(metrics['test/top1'] * 50)
+  assert f'{hits} of 50 test images are right' in page.words
+  assert 'AUC' in page.words
+  last = (folder / 'parameters.txt').read_text().splitlines()[-1]
+  assert f'all {last.partition(": ")[2].split()[0]}' in ' '.join(page.words.split())
+
+
+def test_figures_lie_beside_the_page_for_both_themes(trained):  # noqa: F811
+  folder = trained[1] / 'report'
+  for name in ('loss', 'accuracy', 'learning_rate', 'throughput', 'classes', 'confusion'):
+    for ending in ('', '-dark'):
+      with Image.open(folder / f'{name}{ending}.png') as image:
+        pixels = np.asarray(image)
+      assert pixels[0, 0, 3] == 0 and len(np.unique(pixels.reshape(-1, 4), axis=0)) > 20
+  with Image.open(folder / 'attention-0.png') as image:  # the image itself, and two stages
+    assert image.width == 3 * image.height + 2 * 4
+
+
+def test_the_same_run_gives_the_same_page(trained, tmp_path):  # noqa: F811
+  again = write_report([trained[1]], tmp_path)
+  assert again.read_bytes() == (trained[1] / 'report' / 'index.html').read_bytes()
+
+
+def test_what_is_missing_is_said(trained, npz, tmp_path):  # noqa: F811
+  """Runs of before there were predictions, without a table of parameters or a checkpoint."""
+  copy = shutil.copytree(trained[1], tmp_path / 'copy')
+  (copy / 'predictions.npz').unlink()
+  (copy / 'parameters.txt').unlink()
+  shutil.rmtree(copy / 'checkpoints')
+  words = Page(write_report([copy])).words
+  assert 'predictions.npz is not there' in words
+  assert 'parameters.txt is not there' in words
+  assert 'This cannot be shown: ' in words and 'holds no checkpoint' in words
+
+
+def test_a_source_that_has_changed_is_said(trained, npz, tmp_path):  # noqa: F811
+  copy = shutil.copytree(trained[1], tmp_path / 'copy')
+  arrays = dict(np.load(npz))
+  np.savez(tmp_path / 'other.npz', **arrays | {'y_test': 1 - arrays['y_test']})
+  record = json.loads((copy / 'experiment.json').read_text())
+  record['config']['source'] = f'npz:{tmp_path}/other.npz'
+  (copy / 'experiment.json').write_text(json.dumps(record))
+  assert 'has changed since the run' in Page(write_report([copy])).words
+
+
+def test_a_source_that_is_gone_leaves_out_its_images(make_run):
+  words = Page(write_report([make_run('run')]))
+  assert 'Images cannot be shown: ' in words.words and 'Classes' in words.headings
+
+
+def test_a_run_that_is_not_finished(make_run):
+  page = Page(write_report([make_run('run', finished=False)]))
+  assert 'The run is not finished' in page.words and 'Curves' in page.headings
+
+
+def test_names_are_text(make_run):
+  names = ('<b>bold</b>', '$x^$', '"&', 'x' * 90)
+  words = Page(write_report([make_run('run', names=names)])).words
+  assert all(name in words for name in names)
+
+
+def test_many_classes_have_no_matrix(make_run):
+  names = tuple(f'class {i}' for i in range(figures.MOST_IN_MATRIX + 5))
+  folder = make_run('run', names=names)
+  page = Page(write_report([folder]))
+  assert not (folder / 'report' / 'confusion.png').exists()
+  assert 'the 20 lowest and the 20 highest of 45' in page.words
+  assert all(name in page.words for name in names)
+
+
+def test_letters_that_the_font_lacks_are_no_warning(make_run):
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    assert '猫' in Page(write_report([make_run('run', names=('猫', '犬'))])).words
+
+
+def test_two_runs_are_compared(make_run):
+  a = make_run('a', hits=50)
+  b = make_run('b', hits=40, learning_rate=0.5)
+  path = write_report([a, b])
+  assert path == a / 'report' / 'comparison' / 'index.html'
+  page = Page(path)
+  words = ' '.join(page.words.split())
+  assert page.headings == ['Results', 'Is it chance?', 'Curves', 'In what the configs differ']
+  assert 'learning_rate 0.001 0.5' in words and 'epochs' not in words.partition('configs differ')[2]
+  # 10 images that only a has right: 2 / 2 ** 10, two-sided.
+  assert 'b against a 0 10 0.00195 60' in words
+  assert 'Paired t-test' not in words
+
+
+def test_seeds_are_one_config(make_run, tmp_path):
+  for seed, hits in enumerate((48, 50, 55)):
+    make_run(f'a/seed-{seed}', seed=seed, hits=hits)
+    make_run(f'b/seed-{seed}', seed=seed, hits=hits - seed - 3, epochs=99)
+  alone = Page(write_report([tmp_path / 'a']))
+  words = ' '.join(alone.words.split())
+  assert '3 seeds, 0, 1, 2' in words and 'Is it chance?' not in alone.headings
+  assert 'a test top-1 85.00% 6.01% 80.00% 91.67% 3' in words  # of 48, 50 and 55 of 60
+  both = ' '.join(Page(write_report([tmp_path / 'a', tmp_path / 'b'])).words.split())
+  # Differences of 3, 4, 5 images of 60: t = -4 / (1 / sqrt(3)), 2 degrees of freedom.
+  assert 'b less a test top-1 -6.67% 0.0202 3' in both
+  assert 'b against a 2 0 5 0.0625 60' in both
+  assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
+
+
+def test_other_images_are_not_compared(make_run):
+  a, b = make_run('a'), make_run('b', names=('cat', 'dog'))
+  assert 'are not of the same images' in Page(write_report([a, b])).words
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['nowhere'], 'nowhere: there is no such folder'),
+    (['{tmp}'], 'holds no run'),
+    (['{run}', '{run}'], 'the same run is given twice'),
+    ([], 'RUN'),
+    (['{run}', '--out=x'], '--out=x'),
+  ],
+)
+def test_what_cannot_be_reported_is_the_users_error(arguments, message, make_run, tmp_path):
+  run = make_run('below/run')
+  with pytest.raises(UserError, match=message):
+    main([a.format(tmp=tmp_path, run=run) for a in arguments])
+  assert not (run / 'report').exists()
+
+
+@pytest.mark.parametrize(
+  ('file', 'text'),
+  [
+    ('experiment.json', b'{}'),
+    ('experiment.json', b'[]'),
+    ('metrics.jsonl', b'3\n{}\n'),
+    ('predictions.npz', b'PK'),
+  ],
+)
+def test_a_damaged_folder_is_told(make_run, file, text):
+  folder = make_run('run')
+  (folder / file).write_bytes(text)
+  with pytest.raises(UserError, match=f'{file}.* is damaged'):
+    write_report([folder])
+
+
+def test_the_command_line(make_run, clean_env, tmp_path):
+  run = make_run('run')
+  command = [sys.executable, '-m', 'cvt_flax.report', str(run), f'--output={tmp_path}/out']
+  done = subprocess.run(command, env=clean_env, capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (0, f'{tmp_path}/out/index.html written\n')
+  wrong = subprocess.run([*command[:3], 'x'], env=clean_env, capture_output=True, text=True)
+  assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1
