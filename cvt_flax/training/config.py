@@ -79,6 +79,10 @@ _JITTER = (  # timm takes one or the other
   lambda c: c.engine == 'stream' and not c.augment.rand_augment,
   "engine is stream and augment.rand_augment is ''",
 )
+_SEVERAL_LAYERS = (
+  lambda c: c.optimizer.freeze != 'backbone',
+  'optimizer.freeze is not backbone, which trains one layer',
+)
 _WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')
 
 
@@ -158,6 +162,18 @@ class OptimizerConfig:
     0.0, 'of the averaged parameters and statistics; 0: none are kept', low=0.0, high=1.0
   )
   accumulate_steps: int = key(1, 'microbatches a step is computed in', low=1)
+  freeze: str = key(
+    '',
+    "what is not trained: 'backbone', all but the head, or an expression for names as in "
+    "parameters.txt, 'stage[01]/.*' for example; '': nothing",
+  )
+  layer_decay: float = key(
+    1.0,
+    "each layer's learning rate, as a share of that of the layer above it; the head's is whole",
+    low=0.01,
+    high=1.0,
+    used=_SEVERAL_LAYERS,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,13 @@ from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
 from cvt_flax.training.engines import ENGINES, Streaming
 from cvt_flax.training.evaluate import evaluate, make_eval_step
-from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
+from cvt_flax.training.freeze import find_frozen
+from cvt_flax.training.optimizer import (
+  layer_scales,
+  make_optimizer,
+  make_schedule,
+  peak_learning_rate,
+)
 from cvt_flax.training.progress import Progress
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainState, init_state, make_train_step
@@ -168,12 +174,15 @@ class Setup:
     )
     return jax.device_put(traverse_util.unflatten_dict(leaves), self.replicated)
 
+  def _shapes(self):
+    """Returns the model's variables as shapes."""
+    size = self.config.image_size
+    return jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
   def restore_best(self, checkpoints: Checkpoints) -> dict:
     """Returns the variables of the best checkpoint, averaged where averages are kept."""
-    size = self.config.image_size
-    shapes = jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), shapes
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), self._shapes()
     )
     averaged = bool(self.config.optimizer.ema_decay)
     return checkpoints.restore_variables(checkpoints.best_step(), abstract, averaged)
@@ -190,6 +199,8 @@ class TrainingSetup(Setup):
     if train is None:
       raise UserError(f'{config.source} has no training split')
     _check_attention(self.model, config.image_size)
+    params = traverse_util.flatten_dict(self._shapes()['params'])
+    self.frozen = find_frozen(config.optimizer.freeze, params)
     # Before anything is written, so that weights that do not fit leave no run folder.
     self.initial = self._read_weights() if config.init_from and not self.saved else None
     self.train_data = self.engine.open(train)
@@ -210,7 +221,8 @@ class TrainingSetup(Setup):
     c = config.optimizer
     peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
     schedule = make_schedule(c, peak, self.total_steps, self.steps_per_epoch)
-    tx = make_optimizer(c, schedule)
+    scales = None if c.layer_decay == 1 else layer_scales(c.layer_decay, params)
+    tx = make_optimizer(c, schedule, scales)
     train_step = make_train_step(
       self.model,
       tx,
@@ -221,6 +233,7 @@ class TrainingSetup(Setup):
       augment=config.augment,
       ema_decay=c.ema_decay,
       accumulate_steps=c.accumulate_steps,
+      frozen=self.frozen,
     )
 
     def step(state, *fed):
@@ -231,7 +244,9 @@ class TrainingSetup(Setup):
     # as long as the training step does.
     quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     self.init = jax.jit(
-      lambda: init_state(self.model, tx, config.seed, config.image_size, bool(c.ema_decay)),
+      lambda: init_state(
+        self.model, tx, config.seed, config.image_size, bool(c.ema_decay), self.frozen
+      ),
       out_shardings=self.replicated,
       compiler_options=quick,
     )
@@ -295,6 +310,13 @@ class TrainingSetup(Setup):
       f'model {c.model.name}: {count:,} parameters, {cost / 1e6:,.1f} M multiply-adds an image of '
       f'{c.image_size}x{c.image_size}'
     )
+    if self.frozen.parameters:
+      trained = sum(x.size for x in jax.tree.leaves(self.frozen.trained(state.params)))
+      norms = {path[:-1] for path in self.frozen.statistics(state.batch_stats)}
+      print(
+        f'trained: {trained:,} parameters; frozen: {count - trained:,}, and the statistics of '
+        f'{len(norms)} batch norms'
+      )
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g}'
     print(f'run folder {self.folder}: {epochs} epochs of {self.steps_per_epoch} steps')
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
