@@ -249,6 +249,12 @@ class EvalConfig:
     low=0.0,
     high=0.5,
   )
+  test_holdout: float = key(
+    0.0,
+    'share of train to test on where a source brings no test split; 0: none',
+    low=0.0,
+    high=0.5,
+  )
   sets: tuple[str, ...] = key(
     (), "sources that the best checkpoint is scored on too, 'tfds:imagenet_v2' for example"
   )

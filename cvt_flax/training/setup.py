@@ -88,14 +88,25 @@ class Setup:
     self.saved = None if weights else experiment.read(folder)
     if not weights:
       experiment.check_folder(folder, self.saved is not None, evaluation)
+    # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout = 0.0 if weights else config.eval.holdout
+    test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)
       if config.source != self.saved.config.source:
-        holdout = 0.0  # nothing of it was trained on: all of it can be evaluated
+        holdout = test_holdout = 0.0  # nothing of it was trained on: all can be evaluated
     self.dataset = sources.load(
-      config.source, data_dir=config.data_dir, holdout=holdout, seed=config.seed
+      config.source,
+      data_dir=config.data_dir,
+      holdout=holdout,
+      test_holdout=test_holdout,
+      seed=config.seed,
     )
+    if test_holdout and not self.dataset.held_out_test.size:
+      raise UserError(
+        f'eval.test_holdout={test_holdout} has no effect: {config.source} '
+        f'{"brings a test" if self.dataset.test is not None else "has no training"} split'
+      )
     for split in (self.dataset.train, self.dataset.validation, self.dataset.test):
       if split is not None and split.multi_label:
         raise UserError(
@@ -104,6 +115,8 @@ class Setup:
         )
     if self.saved:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
+      if evaluation and config.source == self.saved.config.source:
+        experiment.check_held_out(folder, config.source, self.dataset)
     self.model = build_model(config.model, len(self.dataset.class_names))
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
     self.description = Description(self.model, self.dataset.class_names, steps)
@@ -115,7 +128,9 @@ class Setup:
   def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
     data, config = self.dataset, self.config
     names = [evaluation_sets.set_name(s) for s in config.eval.sets]
-    only_train = data.test is None and (data.validation is None or data.held_out.size)
+    only_train = (data.test is None or data.held_out_test.size) and (
+      data.validation is None or data.held_out.size
+    )
     if config.source in config.eval.sets and only_train and not weights:
       raise UserError(f'eval.sets: {config.source} has no images but those that are trained on')
     for name in names:
