@@ -320,6 +320,14 @@ class TrainConfig:
   learning_rate: float = key(
     1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0
   )
+  loss: str = key(
+    'softmax',
+    'softmax: cross entropy, a logit for each class; binary: of two classes, one logit for both',
+    allowed=('softmax', 'binary'),
+  )
+  class_weights: tuple[float, ...] = key(
+    (), 'what the training loss of each class counts, in the order of the classes; (): 1', low=0.0
+  )
   log_every: int = key(50, 'steps between two lines of training metrics', low=1)
   tensorboard: bool = key(True, 'write TensorBoard events')
   closing_note: str = key('', 'printed when the run is finished')

@@ -11,6 +11,7 @@ import optax
 from clu import metrics
 
 from cvt_flax.errors import UserError
+from cvt_flax.ops.logits import class_logits
 from cvt_flax.ops.pixels import normalize_pixels
 
 
@@ -97,17 +98,18 @@ def make_eval_step(
   a hit at five when one of them is among the best five; images without any do not count.
 
   Args:
-    model: whose `num_classes` is k.
+    model: of k logits, or of one for two classes.
     mean, std: of the pixels, 0 to 1, a channel.
     classes: bool [k], the classes that compete; the others are as if the model did not have them.
       None: all. Every label is one that competes.
   """
 
   def eval_step(variables, batch):
-    logits = model.apply(variables, normalize_pixels(batch['image'], mean, std))
+    logits = class_logits(model.apply(variables, normalize_pixels(batch['image'], mean, std)))
+    num_classes = logits.shape[-1]
     if classes is not None:
       logits = jnp.where(classes, logits, -jnp.inf)
-    best = jax.lax.top_k(logits, min(5, model.num_classes))[1]
+    best = jax.lax.top_k(logits, min(5, num_classes))[1]
     if 'labels' in batch:
       hits = jnp.take_along_axis(batch['labels'], best, axis=1)
       metrics_of_batch = MultiLabelMetrics.single_from_model_output(
@@ -125,9 +127,9 @@ def make_eval_step(
       predictions=best[:, 0],
       labels=labels,
       mask=batch['mask'],
-      num_classes=model.num_classes,
+      num_classes=num_classes,
     )
-    if model.num_classes != 2:
+    if num_classes != 2:
       return metrics_of_batch, None
     return metrics_of_batch, Scores(logits[:, 1] - logits[:, 0], labels, batch['mask'])
 

@@ -37,6 +37,7 @@ _OF_EVALUATION = (
   'crop_ratio',
   'mean',
   'std',
+  'loss',
   'seed',
   'eval.holdout',
   'eval.test_holdout',

@@ -117,13 +117,27 @@ class Setup:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
       if evaluation and config.source == self.saved.config.source:
         experiment.check_held_out(folder, config.source, self.dataset)
-    self.model = build_model(config.model, len(self.dataset.class_names))
+    self.model = build_model(config.model, self._num_logits())
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
     self.description = Description(self.model, self.dataset.class_names, steps)
 
     self.engine = ENGINES[config.engine](config, self.mesh)
     self._eval_step = self._jitted_evaluation(self.engine)
     self.sets = self._open_sets(weights)
+
+  def _num_logits(self):
+    """Returns how many logits the loss wants; checks what it has by class."""
+    c, names = self.config, self.dataset.class_names
+    if c.class_weights and len(c.class_weights) != len(names):
+      raise UserError(
+        f'class_weights={c.class_weights}: one for each of the {len(names)} classes of {c.source} '
+        'is needed'
+      )
+    if c.loss == 'softmax':
+      return len(names)
+    if len(names) != 2:
+      raise UserError(f"loss='binary': {c.source} has {len(names)} classes, and it is for two")
+    return 1
 
   def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
     data, config = self.dataset, self.config
@@ -160,7 +174,7 @@ class Setup:
     values, engine = {}, Streaming(self.config, self.mesh)  # they are read once
     for each in self.sets:
       step = self._jitted_evaluation(engine, each.classes)
-      feed = engine.feed_evaluation(each.split, self.eval_batch_size, self.model.num_classes)
+      feed = engine.feed_evaluation(each.split, self.eval_batch_size, len(self.dataset.class_names))
       metrics = self._evaluate(variables, feed, signals, step)
       if metrics is None:
         return None
@@ -248,6 +262,7 @@ class TrainingSetup(Setup):
       augment=config.augment,
       ema_decay=c.ema_decay,
       accumulate_steps=c.accumulate_steps,
+      class_weights=config.class_weights,
       frozen=self.frozen,
     )
 

@@ -12,6 +12,7 @@ from clu import metrics
 from einops import rearrange
 
 from cvt_flax.data.mixing import mix, random_erase, smoothed_targets
+from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.rng import Stream, stream_key
 from cvt_flax.training.config import AugmentConfig
@@ -93,6 +94,7 @@ def make_train_step(
   augment: AugmentConfig,
   ema_decay: float,
   accumulate_steps: int,
+  class_weights: tuple[float, ...] = (),
   frozen: Frozen = Frozen(),  # noqa: B008  (immutable)
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch) -> (state, loss).
@@ -100,15 +102,19 @@ def make_train_step(
   The batch holds 'image' uint8 [b h w 3], 'label' int32 [b] and 'mask' float32 [b], 0 where an
   image is missing. The step normalises, erases and mixes, averages the gradient over
   `accumulate_steps` microbatches and updates parameters, running statistics, optimizer, averages
-  and metrics. What is `frozen` stays byte for byte as it is, in the averages too. It is meant to be
-  jitted with the state donated.
+  and metrics. It is meant to be jitted with the state donated.
+
+  The loss is the mean of the images' cross entropies, in which the target of class c counts
+  `class_weights[c]`, or 1 for (). What is `frozen` stays byte for byte as it is, in the averages
+  too.
   """
-  groups = model.bn_group_size
+  groups, classes = model.bn_group_size, num_classes(model.num_classes)
+  weights = jnp.array(class_weights or (1.0,) * classes)
 
   def prepare(step, batch):
     """Returns the images, float32 [b h w 3], and the targets, [b k] rows that sum to 1."""
     images = normalize_pixels(batch['image'], mean, std)
-    targets = smoothed_targets(batch['label'], model.num_classes, augment.label_smoothing)
+    targets = smoothed_targets(batch['label'], classes, augment.label_smoothing)
     targets *= batch['mask'][:, None]  # no loss where there is no image
     erase_key, mix_key = jax.random.split(stream_key(seed, Stream.MIXING, step))
     if augment.erase_prob:
@@ -136,7 +142,8 @@ def make_train_step(
         mutable=['batch_stats'],
         rngs={'dropout': dropout_key},
       )
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    logits = class_logits(logits)
+    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets * weights))
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     correct &= jnp.any(targets > 0, -1)  # no hit where there is no image
     return loss, (updates.get('batch_stats', {}), jnp.mean(correct, dtype=jnp.float32))
