@@ -73,6 +73,7 @@ def predict_images(
 
   from cvt_flax.data import images as pictures
   from cvt_flax.models.geometry import stage_geometry
+  from cvt_flax.ops.logits import class_logits, num_classes
   from cvt_flax.ops.pixels import normalize_pixels
   from cvt_flax.weights import pretrained
 
@@ -90,11 +91,11 @@ def predict_images(
   if min(min(stage.height, stage.width) for stage in stage_geometry(model, size, size)) < 1:
     raise UserError(f'images of {size}x{size} are too small for this model')
   names = weights.description.class_names
-  top = min(top, model.num_classes)
+  top = min(top, num_classes(model.num_classes))
 
   @jax.jit
   def classify(variables, batch):
-    logits = model.apply(variables, normalize_pixels(batch, steps.mean, steps.std))
+    logits = class_logits(model.apply(variables, normalize_pixels(batch, steps.mean, steps.std)))
     return jax.lax.top_k(jax.nn.softmax(logits), top)
 
   def read(path):

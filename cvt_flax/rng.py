@@ -23,6 +23,7 @@ class Stream(enum.IntEnum):
   MIXING = 3  # mixup, cutmix, random erasing
   DROPOUT = 4  # dropout and drop path
   HOLDOUT = 5  # which training images are held out for validation
+  TEST_HOLDOUT = 6  # which training images are held out for the test
 
 
 def stream_key(seed: int, stream: Stream, position: int | jax.Array = 0) -> jax.Array:

@@ -92,6 +92,7 @@ class Dataset:
     test: what to report, with labels; None when the source has none.
     held_out: int32, sorted: where in the source's own train split the validation images are.
       Empty when the source brings a validation split of its own, or nothing is held out.
+    held_out_test: likewise, where the test images are.
   """
 
   name: str
@@ -100,6 +101,7 @@ class Dataset:
   validation: Split | None = None
   test: Split | None = None
   held_out: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  held_out_test: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cvt_flax.data.array_source import load_digits, load_npz
 from cvt_flax.data.csv_source import load_csv
-from cvt_flax.data.dataset import Dataset, Subset
+from cvt_flax.data.dataset import Dataset, Split, Subset
 from cvt_flax.data.folder_source import load_folder
 from cvt_flax.data.tfds_source import load_tfds
 from cvt_flax.errors import UserError, nearest
@@ -21,11 +21,19 @@ from cvt_flax.rng import Stream
 MAX_HELD_OUT = 5_000  # images: enough to tell models 1 % apart, whatever the size of train
 
 
-def load(source: str, *, data_dir: str = '', holdout: float = 0.1, seed: int = 0) -> Dataset:
+def load(
+  source: str,
+  *,
+  data_dir: str = '',
+  holdout: float = 0.1,
+  test_holdout: float = 0.0,
+  seed: int = 0,
+) -> Dataset:
   """Opens a source of labelled images.
 
-  A source without a validation split lends part of train for it: a stratified choice of
-  round(holdout * N) images, at most `MAX_HELD_OUT`.
+  A source without a test split lends part of train for it: a stratified choice of
+  round(test_holdout * N) images. One without a validation split lends part of the rest: of N
+  images round(holdout * N), at most `MAX_HELD_OUT`.
 
   Args:
     source: `tfds:NAME[:VERSION]`, `folder:DIR` (DIR/train/CLASS/image, or DIR/CLASS/image, all
@@ -35,15 +43,17 @@ def load(source: str, *, data_dir: str = '', holdout: float = 0.1, seed: int = 0
       integer [N], likewise _val and _test, and class_names), or `digits`.
     data_dir: where TFDS keeps its data sets; '' means $TFDS_DATA_DIR, else
       ~/tensorflow_datasets.
-    holdout: the part of train to hold out, from 0 (train on everything) to 0.5.
+    holdout: the part of train to hold out for validation, from 0 (train on everything) to 0.5.
+    test_holdout: the part of train to hold out for the test, from 0 to 0.5.
     seed: which images are held out.
 
   Raises:
-    UserError: the source is unknown, missing, unusable or not prepared, or `holdout` or `seed`
-      is out of range; the message is one line and says what to do.
+    UserError: the source is unknown, missing, unusable or not prepared, or `holdout`,
+      `test_holdout` or `seed` is out of range; the message is one line and says what to do.
   """
-  if not 0 <= holdout <= 0.5:
-    raise UserError(f'holdout is {holdout}, but must be from 0 to 0.5')
+  for name, share in (('holdout', holdout), ('test_holdout', test_holdout)):
+    if not 0 <= share <= 0.5:
+      raise UserError(f'{name} is {share}, but must be from 0 to 0.5')
   if seed < 0:
     raise UserError(f'seed is {seed}, but must not be negative')
   kind, _, where = source.partition(':')
@@ -64,9 +74,11 @@ def load(source: str, *, data_dir: str = '', holdout: float = 0.1, seed: int = 0
       f'source {source!r} has one class only, {dataset.class_names[0]!r}; '
       'a classifier needs two or more'
     )
-  if dataset.train is None or dataset.validation is not None or holdout == 0:
-    return dataset
-  return _hold_out(dataset, holdout, seed)
+  if dataset.train is not None and dataset.test is None and test_holdout:
+    dataset = _hold_out_test(dataset, test_holdout, seed)
+  if dataset.train is not None and dataset.validation is None and holdout:
+    dataset = _hold_out(dataset, holdout, seed)
+  return dataset
 
 
 def _unknown_source(source: str) -> UserError:
@@ -84,6 +96,19 @@ def _unknown_source(source: str) -> UserError:
   )
 
 
+def _hold_out_test(dataset: Dataset, share: float, seed: int) -> Dataset:
+  """Returns the data set with test images taken from train."""
+  train = dataset.train
+  count = round(share * len(train))
+  if not count:
+    raise UserError(
+      f'test_holdout={share} of the {len(train)} images of {train.name} is none; more are needed'
+    )
+  chosen = stratified_choice(train.labels, count, seed, Stream.TEST_HOLDOUT)
+  rest, test = _parts(train, chosen, 'held out to test')
+  return dataclasses.replace(dataset, train=rest, test=test, held_out_test=chosen)
+
+
 def _hold_out(dataset: Dataset, holdout: float, seed: int) -> Dataset:
   """Returns the data set with validation images taken from train."""
   train = dataset.train
@@ -93,17 +118,28 @@ def _hold_out(dataset: Dataset, holdout: float, seed: int) -> Dataset:
       f'holdout={holdout} of the {len(train)} images of {train.name} is none; '
       'more images are needed, or holdout=0 to train without validation'
     )
-  held_out = stratified_choice(train.labels, count, seed)
-  rest = np.setdiff1d(np.arange(len(train), dtype=np.int32), held_out)
+  chosen = stratified_choice(train.labels, count, seed)
+  rest, validation = _parts(train, chosen, 'held out')
   return dataclasses.replace(
-    dataset,
-    train=Subset(train.name, train, rest),
-    validation=Subset(f'{train.name} (held out)', train, held_out),
-    held_out=held_out,
+    dataset, train=rest, validation=validation, held_out=validation.indices
   )
 
 
-def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+def _parts(train: Split, chosen: np.ndarray, word: str) -> tuple[Subset, Subset]:
+  """Returns the rest of train and the chosen images, both with their places in the source."""
+  rest = np.setdiff1d(np.arange(len(train), dtype=np.int32), chosen)
+  source, places = train, np.arange(len(train), dtype=np.int32)
+  if isinstance(train, Subset):  # the test images are gone already
+    source, places = train.split, train.indices
+  return (
+    Subset(train.name, source, places[rest]),
+    Subset(f'{train.name} ({word})', source, places[chosen]),
+  )
+
+
+def stratified_choice(
+  labels: np.ndarray, count: int, seed: int, stream: Stream = Stream.HOLDOUT
+) -> np.ndarray:
   """Chooses examples so that each class keeps its share.
 
   Each class gives the whole part of count * (its share); what is missing to `count` comes, one
@@ -112,7 +148,7 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
   Args:
     labels: int [N].
     count: how many to choose, at most N / 2.
-    seed: which ones.
+    seed, stream: which ones.
 
   Returns:
     Their indices, int32 [count], sorted.
@@ -122,7 +158,7 @@ def stratified_choice(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
   fractions[sizes == 1] = 0  # a class would be gone from train
   missing = count - quotas.sum()
   quotas[np.argsort(-fractions, kind='stable')[:missing]] += 1
-  rank = np.random.default_rng((seed, Stream.HOLDOUT)).random(len(labels))
+  rank = np.random.default_rng((seed, stream)).random(len(labels))
   chosen = []
   for cls, quota in zip(classes, quotas, strict=True):
     members = np.flatnonzero(labels == cls)

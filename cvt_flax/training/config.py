@@ -79,6 +79,10 @@ _JITTER = (  # timm takes one or the other
   lambda c: c.engine == 'stream' and not c.augment.rand_augment,
   "engine is stream and augment.rand_augment is ''",
 )
+_SEVERAL_LAYERS = (
+  lambda c: c.optimizer.freeze != 'backbone',
+  'optimizer.freeze is not backbone, which trains one layer',
+)
 _WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')
 
 
@@ -158,6 +162,18 @@ class OptimizerConfig:
     0.0, 'of the averaged parameters and statistics; 0: none are kept', low=0.0, high=1.0
   )
   accumulate_steps: int = key(1, 'microbatches a step is computed in', low=1)
+  freeze: str = key(
+    '',
+    "what is not trained: 'backbone', all but the head, or an expression for names as in "
+    "parameters.txt, 'stage[01]/.*' for example; '': nothing",
+  )
+  layer_decay: float = key(
+    1.0,
+    "each layer's learning rate, as a share of that of the layer above it; the head's is whole",
+    low=0.01,
+    high=1.0,
+    used=_SEVERAL_LAYERS,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +249,12 @@ class EvalConfig:
     low=0.0,
     high=0.5,
   )
+  test_holdout: float = key(
+    0.0,
+    'share of train to test on where a source brings no test split; 0: none',
+    low=0.0,
+    high=0.5,
+  )
   sets: tuple[str, ...] = key(
     (), "sources that the best checkpoint is scored on too, 'tfds:imagenet_v2' for example"
   )
@@ -298,6 +320,14 @@ class TrainConfig:
   steps: int = key(0, 'batches to train on, in place of epochs; 0: epochs', low=0)
   learning_rate: float = key(
     1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0
+  )
+  loss: str = key(
+    'softmax',
+    'softmax: cross entropy, a logit for each class; binary: of two classes, one logit for both',
+    allowed=('softmax', 'binary'),
+  )
+  class_weights: tuple[float, ...] = key(
+    (), 'what the training loss of each class counts, in the order of the classes; (): 1', low=0.0
   )
   log_every: int = key(50, 'steps between two lines of training metrics', low=1)
   tensorboard: bool = key(True, 'write TensorBoard events')

@@ -6,6 +6,7 @@ needed.
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable
 
@@ -87,6 +88,19 @@ def _check_decays(c: TrainConfig):
       raise UserError(f'optimizer.{name}=1.0: such an average never moves; below 1 is needed')
 
 
+def _check_freeze(c: TrainConfig):
+  freeze = c.optimizer.freeze
+  try:
+    re.compile(freeze)
+  except re.error as e:
+    raise UserError(f'optimizer.freeze={freeze!r} is no regular expression: {e}') from e
+  if freeze == 'backbone' and not c.init_from:
+    raise UserError(
+      "optimizer.freeze='backbone' without init_from: the backbone would stay as it was drawn; set "
+      'init_from to its weights'
+    )
+
+
 def _check_groups(c: TrainConfig):
   size, k = c.model.bn_group_size, c.optimizer.accumulate_steps
   if size and c.batch_size % size:
@@ -120,5 +134,6 @@ CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_warmup,
   _check_milestones,
   _check_decays,
+  _check_freeze,
   _check_groups,
 )

@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 
+from cvt_flax.data.dataset import Dataset
 from cvt_flax.errors import UserError
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
@@ -36,8 +37,10 @@ _OF_EVALUATION = (
   'crop_ratio',
   'mean',
   'std',
+  'loss',
   'seed',
   'eval.holdout',
+  'eval.test_holdout',
   'optimizer.ema_decay',
 )
 _OF_COMPUTING = ('model.dtype', 'model.bn_group_size')
@@ -130,15 +133,18 @@ def only_one(folder: pathlib.Path):
     os.close(handle)
 
 
-def write(
-  folder: pathlib.Path, experiment: Experiment, held_out: np.ndarray, model: Description
-) -> None:
+# Where in the source's own train split images of others are: {file: attribute of Dataset}.
+_HELD_OUT = {'held_out.json': 'held_out', 'held_out_test.json': 'held_out_test'}
+
+
+def write(folder: pathlib.Path, experiment: Experiment, data: Dataset, model: Description) -> None:
   """Writes what a run folder says of itself.
 
   Args:
     folder: of the run.
     experiment: for experiment.json.
-    held_out: for held_out.json: the indices held out of train for validation.
+    data: of which held_out.json tells the images of train that are validation images, and
+      held_out_test.json, where there are any, those that are test images.
     model: for model.json, by which the checkpoints can be read as weights.
   """
   _write(
@@ -150,7 +156,10 @@ def write(
       'hardware': describe(),
     },
   )
-  _write(folder / 'held_out.json', held_out.tolist())
+  for file, name in _HELD_OUT.items():
+    held_out = getattr(data, name)
+    if name == 'held_out' or held_out.size:
+      _write(folder / file, held_out.tolist())
   _write(folder / run_folder.DESCRIPTION, run_json(model))
 
 
@@ -209,6 +218,21 @@ def check_data(folder: pathlib.Path, saved: Experiment, now: Experiment) -> None
       f'the images of {now.config.source} have changed since the run in {folder} was started, and '
       'some that it was trained on might now be validated with: give another --workdir'
     )
+
+
+def check_held_out(folder: pathlib.Path, source: str, data: Dataset) -> None:
+  """Raises a UserError when other places of train are held out than when the run was started."""
+  for file, name in _HELD_OUT.items():
+    path = folder / file
+    try:
+      saved = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as e:
+      raise UserError(f'{path} is damaged ({type(e).__name__}: {e})') from e
+    if saved != getattr(data, name).tolist():
+      raise UserError(
+        f'the images of {source} have changed since the run in {folder} was started: {file} names '
+        'others, and some that it was trained on would be evaluated'
+      )
 
 
 def _few(names):

@@ -1,10 +1,14 @@
 """What a run computes on, and a warning when it is less than the machine has."""
 
+import contextlib
 import glob
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 
 import jax
+
+from cvt_flax.errors import UserError
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -18,6 +22,37 @@ def describe() -> dict:
     'devices': [d.device_kind for d in jax.devices()],
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
   }
+
+
+@contextlib.contextmanager
+def told_of_memory(batch_size: int, unit: int) -> Iterator[None]:
+  """Makes XLA's RESOURCE_EXHAUSTED, when the block raises it, an error that a person can act on.
+
+  Args:
+    batch_size: of the step.
+    unit: what has to divide a batch: devices, groups of batch norm, microbatches.
+
+  Raises:
+    UserError: the memory of a device is too little.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    smaller = batch_size // 2 // unit * unit
+    words = (
+      f'try --config.batch_size={smaller}'
+      if smaller
+      else (
+        f'a smaller one has to be a multiple of {unit}: change mesh.data, model.bn_group_size or '
+        'optimizer.accumulate_steps with it'
+      )
+    )
+    raise UserError(
+      f'batch_size={batch_size} is too large for the memory of a device: {words}, with another '
+      '--workdir, or smaller images'
+    ) from e
 
 
 def unused_accelerator() -> str:

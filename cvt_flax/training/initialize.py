@@ -46,6 +46,11 @@ def initial_variables(
   names, classes = weights.description.class_names, weights.model.num_classes
   same = classes == model.num_classes and same_classes(names, class_names)
   if not same and not new_head:
+    if same_classes(names, class_names) and 1 in (classes, model.num_classes):
+      raise UserError(
+        f'{source} has a head of {classes} logits, this config one of {model.num_classes}: another '
+        'loss is needed'
+      )
     raise UserError(
       f'{source} has {classes} classes ({", ".join(names[:3]) or "without names"}), the data '
       f'{len(class_names)} ({", ".join(class_names[:3])}): the same classes are needed'

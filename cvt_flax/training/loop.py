@@ -19,6 +19,8 @@ from cvt_flax.report.records import SEED_FOLDER
 from cvt_flax.training import experiment
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
+from cvt_flax.training.evaluate import alarm
+from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.signals import Signals
@@ -105,8 +107,7 @@ def _train(config, folder):
   training = TrainingSetup(config, folder)
   with contextlib.ExitStack() as stack:
     stack.enter_context(experiment.only_one(folder))
-    held_out = training.dataset.held_out
-    experiment.write(folder, training.experiment, held_out, training.description)
+    experiment.write(folder, training.experiment, training.dataset, training.description)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step() or 0
@@ -131,7 +132,9 @@ def _train(config, folder):
     stack.callback(writer.close)
     signals = stack.enter_context(Signals())
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
-    with contextlib.closing(feed):
+    c = config
+    unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
+    with contextlib.closing(feed), told_of_memory(c.batch_size, unit):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
     values = _report(training, _with_validation(values, metrics))
@@ -200,12 +203,11 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
       return False
     if not math.isfinite(metrics['loss']):
       raise Diverged(f'the validation loss is {metrics["loss"]} after step {step}: {kept()}')
-    values = {f'val/{name}': value for name, value in metrics.items()}
+    values, names = {f'val/{k}': v for k, v in metrics.items()}, training.dataset.class_names
     writer.write(step, step / training.steps_per_epoch, values)
-    progress.say(
-      f'epoch {step // training.steps_per_epoch}  validation: '
-      f'top-1 {metrics["top1"]:.4f}  top-5 {metrics["top5"]:.4f}  loss {metrics["loss"]:.4f}'
-    )
+    progress.say(f'epoch {step // training.steps_per_epoch}  validation: {_words(metrics, names)}')
+    if warning := alarm(metrics, names):
+      progress.say(warning)
     save(step, metrics['top1'])
     return True
 
@@ -344,15 +346,36 @@ def _evaluate_splits(context, variables, splits, signals, unfinished):
 
 def _report(context, values):
   """Prints final metrics and returns them."""
+  classes = context.dataset.class_names
   of = f'checkpoint of step {values["checkpoint"]}' if 'checkpoint' in values else 'these weights'
   for name in ('val', 'test', *(each.name for each in context.sets)):
-    if f'{name}/top1' in values:
-      words = [f'top-1 {values[f"{name}/top1"]:.4f}', f'top-5 {values[f"{name}/top5"]:.4f}']
-      if f'{name}/loss' in values:  # images with several labels have none
-        words.append(f'loss {values[f"{name}/loss"]:.4f}')
-      print(f'{name}: {"  ".join(words)}  on {values[f"{name}/images"]:,} images ({of})')
+    start = f'{name}/'
+    metrics = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+    if metrics:
+      print(f'{name}: {_words(metrics, classes)}  on {metrics["images"]:,} images ({of})')
+      if warning := alarm(metrics, classes):
+        print(f'{name}: {warning}')
   if 'test/top1' not in values:
     print(f'{context.config.source} has no labelled test split')
   if context.config.closing_note:
     print(context.config.closing_note)
   return values
+
+
+def _words(metrics, class_names):
+  """Returns the metrics of an evaluation that a person looks at first."""
+  words = {'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss'}
+  if 'auc' in metrics:  # two classes, where top-5 is always 1
+    words = {
+      'top1': 'top-1',
+      'majority': 'majority class',
+      'balanced_accuracy': 'balanced',
+      'f1': f'F1 of {class_names[1]!r}',
+      'auc': 'AUC',
+      'loss': 'loss',
+    }
+  return '  '.join(
+    f'{word} {"-" if metrics[name] is None else format(metrics[name], ".4f")}'
+    for name, word in words.items()
+    if name in metrics  # images with several labels have no loss
+  )

@@ -1,8 +1,13 @@
 """Learning-rate schedules, weight-decay groups and the optimizers, all from optax."""
 
+import math
+import re
+from collections.abc import Iterable, Mapping
+
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cvt_flax.errors import UserError
 from cvt_flax.training.config import OptimizerConfig
@@ -60,12 +65,51 @@ def decayed(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
+_STAGE, _BLOCK = re.compile(r'stage(\d+)'), re.compile(r'blocks_(\d+)')
+
+
+def _layer(path: tuple[str, ...]) -> tuple[float, int]:
+  """Returns where the parameter of that name stands: the stage, and the block in it.
+
+  The embedding of a stage and its class token stand below its first block. Above all stages are
+  the head and what stands just before it.
+  """
+  stage, block = _STAGE.fullmatch(path[0]), -1
+  for name in path:
+    if match := _BLOCK.fullmatch(name):
+      block = int(match[1])
+  if stage:
+    return int(stage[1]), block
+  if block >= 0 or path[0].endswith(('embed', 'token')):  # of a network without stages
+    return 0, block
+  return math.inf, 0
+
+
+def layer_scales(decay: float, paths: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+  """Returns by what the learning rate of every parameter is multiplied: {path: decay ** depth}.
+
+  As BEiT (https://arxiv.org/abs/2106.08254) and timm have it: the head and the norm before it have
+  depth 0, and each layer is one deeper than the one above it. Layers are the blocks and, each below
+  the blocks of its stage, the embeddings with their class tokens. CvT-13 so has 16 below the head.
+  """
+  layers = {path: _layer(path) for path in paths}
+  order = sorted(set(layers.values()), reverse=True)
+  return {path: decay ** order.index(layer) for path, layer in layers.items()}
+
+
 def make_optimizer(
-  config: OptimizerConfig, schedule: optax.Schedule
+  config: OptimizerConfig,
+  schedule: optax.Schedule,
+  scales: Mapping[tuple[str, ...], float] | None = None,
 ) -> optax.GradientTransformation:
   """Returns the optimizer: clipping, weight decay, the update rule, the schedule.
 
   Weight decay is decoupled for adamw, and added to the gradient for the others, as in PyTorch.
+
+  Args:
+    config: of the optimizer.
+    schedule: of the learning rate.
+    scales: by what that is multiplied, for every parameter; see `layer_scales`. None: by 1.
   """
   c = config
   match c.name:
@@ -89,4 +133,13 @@ def make_optimizer(
     parts.append(optax.clip_by_global_norm(c.clip_norm))
   if c.weight_decay and c.name != 'adamw':
     parts.append(optax.add_decayed_weights(c.weight_decay, mask=decayed))
-  return optax.chain(*parts, rule)
+  parts.append(rule)
+  if scales is not None:  # updates are linear in the rate, decoupled weight decay included
+    parts.append(
+      optax.stateless(
+        lambda updates, _: unflatten_dict(
+          {path: scales[path] * x for path, x in flatten_dict(updates).items()}
+        )
+      )
+    )
+  return optax.chain(*parts)

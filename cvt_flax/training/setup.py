@@ -22,7 +22,13 @@ from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
 from cvt_flax.training.engines import ENGINES, Streaming
 from cvt_flax.training.evaluate import evaluate, make_eval_step, make_forward, predict, score
-from cvt_flax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
+from cvt_flax.training.freeze import find_frozen
+from cvt_flax.training.optimizer import (
+  layer_scales,
+  make_optimizer,
+  make_schedule,
+  peak_learning_rate,
+)
 from cvt_flax.training.progress import Progress
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainState, init_state, make_train_step
@@ -85,14 +91,25 @@ class Setup:
     self.saved = None if weights else experiment.read(folder)
     if not weights:
       experiment.check_folder(folder, self.saved is not None, evaluation)
+    # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout = 0.0 if weights else config.eval.holdout
+    test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)
       if config.source != self.saved.config.source:
-        holdout = 0.0  # nothing of it was trained on: all of it can be evaluated
+        holdout = test_holdout = 0.0  # nothing of it was trained on: all can be evaluated
     self.dataset = sources.load(
-      config.source, data_dir=config.data_dir, holdout=holdout, seed=config.seed
+      config.source,
+      data_dir=config.data_dir,
+      holdout=holdout,
+      test_holdout=test_holdout,
+      seed=config.seed,
     )
+    if test_holdout and not self.dataset.held_out_test.size:
+      raise UserError(
+        f'eval.test_holdout={test_holdout} has no effect: {config.source} '
+        f'{"brings a test" if self.dataset.test is not None else "has no training"} split'
+      )
     for split in (self.dataset.train, self.dataset.validation, self.dataset.test):
       if split is not None and split.multi_label:
         raise UserError(
@@ -101,7 +118,9 @@ class Setup:
         )
     if self.saved:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
-    self.model = build_model(config.model, len(self.dataset.class_names))
+      if evaluation and config.source == self.saved.config.source:
+        experiment.check_held_out(folder, config.source, self.dataset)
+    self.model = build_model(config.model, self._num_logits())
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
     self.description = Description(self.model, self.dataset.class_names, steps)
 
@@ -109,10 +128,26 @@ class Setup:
     self._eval_step = self._jitted_evaluation(self.engine)
     self.sets = self._open_sets(weights)
 
+  def _num_logits(self):
+    """Returns how many logits the loss wants; checks what it has by class."""
+    c, names = self.config, self.dataset.class_names
+    if c.class_weights and len(c.class_weights) != len(names):
+      raise UserError(
+        f'class_weights={c.class_weights}: one for each of the {len(names)} classes of {c.source} '
+        'is needed'
+      )
+    if c.loss == 'softmax':
+      return len(names)
+    if len(names) != 2:
+      raise UserError(f"loss='binary': {c.source} has {len(names)} classes, and it is for two")
+    return 1
+
   def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
     data, config = self.dataset, self.config
     names = [evaluation_sets.set_name(s) for s in config.eval.sets]
-    only_train = data.test is None and (data.validation is None or data.held_out.size)
+    only_train = (data.test is None or data.held_out_test.size) and (
+      data.validation is None or data.held_out.size
+    )
     if config.source in config.eval.sets and only_train and not weights:
       raise UserError(f'eval.sets: {config.source} has no images but those that are trained on')
     for name in names:
@@ -171,7 +206,7 @@ class Setup:
     values, engine = {}, Streaming(self.config, self.mesh)  # they are read once
     for each in self.sets:
       step = self._jitted_evaluation(engine, each.classes)
-      feed = engine.feed_evaluation(each.split, self.eval_batch_size, self.model.num_classes)
+      feed = engine.feed_evaluation(each.split, self.eval_batch_size, len(self.dataset.class_names))
       metrics = self._evaluate(variables, feed, signals, step)
       if metrics is None:
         return None
@@ -200,12 +235,15 @@ class Setup:
     )
     return jax.device_put(traverse_util.unflatten_dict(leaves), self.replicated)
 
+  def _shapes(self):
+    """Returns the model's variables as shapes."""
+    size = self.config.image_size
+    return jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
   def restore_best(self, checkpoints: Checkpoints) -> dict:
     """Returns the variables of the best checkpoint, averaged where averages are kept."""
-    size = self.config.image_size
-    shapes = jax.eval_shape(self.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), shapes
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), self._shapes()
     )
     averaged = bool(self.config.optimizer.ema_decay)
     return checkpoints.restore_variables(checkpoints.best_step(), abstract, averaged)
@@ -222,6 +260,8 @@ class TrainingSetup(Setup):
     if train is None:
       raise UserError(f'{config.source} has no training split')
     _check_attention(self.model, config.image_size)
+    params = traverse_util.flatten_dict(self._shapes()['params'])
+    self.frozen = find_frozen(config.optimizer.freeze, params)
     # Before anything is written, so that weights that do not fit leave no run folder.
     self.initial = self._read_weights() if config.init_from and not self.saved else None
     self.train_data = self.engine.open(train)
@@ -242,7 +282,8 @@ class TrainingSetup(Setup):
     c = config.optimizer
     peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
     schedule = make_schedule(c, peak, self.total_steps, self.steps_per_epoch)
-    tx = make_optimizer(c, schedule)
+    scales = None if c.layer_decay == 1 else layer_scales(c.layer_decay, params)
+    tx = make_optimizer(c, schedule, scales)
     train_step = make_train_step(
       self.model,
       tx,
@@ -253,6 +294,8 @@ class TrainingSetup(Setup):
       augment=config.augment,
       ema_decay=c.ema_decay,
       accumulate_steps=c.accumulate_steps,
+      class_weights=config.class_weights,
+      frozen=self.frozen,
     )
 
     def step(state, *fed):
@@ -263,7 +306,9 @@ class TrainingSetup(Setup):
     # as long as the training step does.
     quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
     self.init = jax.jit(
-      lambda: init_state(self.model, tx, config.seed, config.image_size, bool(c.ema_decay)),
+      lambda: init_state(
+        self.model, tx, config.seed, config.image_size, bool(c.ema_decay), self.frozen
+      ),
       out_shardings=self.replicated,
       compiler_options=quick,
     )
@@ -327,6 +372,13 @@ class TrainingSetup(Setup):
       f'model {c.model.name}: {count:,} parameters, {cost / 1e6:,.1f} M multiply-adds an image of '
       f'{c.image_size}x{c.image_size}'
     )
+    if self.frozen.parameters:
+      trained = sum(x.size for x in jax.tree.leaves(self.frozen.trained(state.params)))
+      norms = {path[:-1] for path in self.frozen.statistics(state.batch_stats)}
+      print(
+        f'trained: {trained:,} parameters; frozen: {count - trained:,}, and the statistics of '
+        f'{len(norms)} batch norms'
+      )
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g}'
     print(f'run folder {self.folder}: {epochs} epochs of {self.steps_per_epoch} steps')
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)

@@ -12,16 +12,18 @@ from clu import metrics
 from einops import rearrange
 
 from cvt_flax.data.mixing import mix, random_erase, smoothed_targets
+from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.rng import Stream, stream_key
 from cvt_flax.training.config import AugmentConfig
+from cvt_flax.training.freeze import Frozen
 
 
 @flax.struct.dataclass
 class TrainMetrics(metrics.Collection):
   """Means over the steps since the last line of training metrics; of the rate, the last value.
 
-  Norms are Euclidean, over all parameters at once.
+  Norms are Euclidean, over all trained parameters at once.
   """
 
   loss: metrics.Average.from_output('loss')
@@ -38,9 +40,9 @@ class TrainState:
 
   Attributes:
     step: steps taken, int32.
-    params: the trained parameters, float32.
+    params: the parameters, float32.
     batch_stats: the batch norms' running statistics, float32.
-    opt_state: the optimizer's.
+    opt_state: the optimizer's, of the trained parameters.
     ema: moving averages {'params', 'batch_stats'}, or None where none are kept.
     window: metrics since the last line was written, so that a resumed run writes the same lines.
   """
@@ -59,7 +61,12 @@ class TrainState:
 
 
 def init_state(
-  model: nn.Module, tx: optax.GradientTransformation, seed: int, image_size: int, ema: bool
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  seed: int,
+  image_size: int,
+  ema: bool,
+  frozen: Frozen = Frozen(),  # noqa: B008  (immutable)
 ) -> TrainState:
   """Returns the state before the first step."""
   images = jnp.zeros((1, image_size, image_size, 3))
@@ -69,7 +76,7 @@ def init_state(
     step=jnp.zeros((), jnp.int32),
     params=params,
     batch_stats=batch_stats,
-    opt_state=tx.init(params),
+    opt_state=tx.init(frozen.trained(params)),
     # A copy: the step donates its state, and no buffer can be donated twice.
     ema=jax.tree.map(jnp.copy, {'params': params, 'batch_stats': batch_stats}) if ema else None,
     window=TrainMetrics.empty(),
@@ -87,6 +94,8 @@ def make_train_step(
   augment: AugmentConfig,
   ema_decay: float,
   accumulate_steps: int,
+  class_weights: tuple[float, ...] = (),
+  frozen: Frozen = Frozen(),  # noqa: B008  (immutable)
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch) -> (state, loss).
 
@@ -94,13 +103,18 @@ def make_train_step(
   image is missing. The step normalises, erases and mixes, averages the gradient over
   `accumulate_steps` microbatches and updates parameters, running statistics, optimizer, averages
   and metrics. It is meant to be jitted with the state donated.
+
+  The loss is the mean of the images' cross entropies, in which the target of class c counts
+  `class_weights[c]`, or 1 for (). What is `frozen` stays byte for byte as it is, in the averages
+  too.
   """
-  groups = model.bn_group_size
+  groups, classes = model.bn_group_size, num_classes(model.num_classes)
+  weights = jnp.array(class_weights or (1.0,) * classes)
 
   def prepare(step, batch):
     """Returns the images, float32 [b h w 3], and the targets, [b k] rows that sum to 1."""
     images = normalize_pixels(batch['image'], mean, std)
-    targets = smoothed_targets(batch['label'], model.num_classes, augment.label_smoothing)
+    targets = smoothed_targets(batch['label'], classes, augment.label_smoothing)
     targets *= batch['mask'][:, None]  # no loss where there is no image
     erase_key, mix_key = jax.random.split(stream_key(seed, Stream.MIXING, step))
     if augment.erase_prob:
@@ -118,27 +132,29 @@ def make_train_step(
       )
     return images, targets
 
-  def loss_fn(params, batch_stats, images, targets, dropout_key):
-    logits, updates = model.apply(
-      {'params': params, 'batch_stats': batch_stats},
-      images,
-      train=True,
-      mutable=['batch_stats'],
-      rngs={'dropout': dropout_key},
-    )
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+  def loss_fn(trained, variables, images, targets, dropout_key):
+    params = frozen.joined(trained, variables['params'])
+    with frozen.in_evaluation():
+      logits, updates = model.apply(
+        variables | {'params': params},
+        images,
+        train=True,
+        mutable=['batch_stats'],
+        rngs={'dropout': dropout_key},
+      )
+    logits = class_logits(logits)
+    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets * weights))
     correct = jnp.argmax(logits, -1) == jnp.argmax(targets, -1)
     correct &= jnp.any(targets > 0, -1)  # no hit where there is no image
     return loss, (updates.get('batch_stats', {}), jnp.mean(correct, dtype=jnp.float32))
 
-  def gradients(state, images, targets):
+  def gradients(state, trained, images, targets):
     """Returns the loss, its gradient, the new running statistics and the share of hits."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
     key = stream_key(seed, Stream.DROPOUT, state.step)
     if accumulate_steps == 1:
-      (loss, (batch_stats, top1)), grads = grad_fn(
-        state.params, state.batch_stats, images, targets, key
-      )
+      (loss, (batch_stats, top1)), grads = grad_fn(trained, variables, images, targets, key)
       return loss, grads, batch_stats, top1
 
     # Microbatch j takes the groups j, j + k, ...: every device has its share of each of them.
@@ -150,35 +166,37 @@ def make_train_step(
     def microbatch(total, inputs):
       j, images, targets = inputs
       (loss, (batch_stats, top1)), grads = grad_fn(
-        state.params, state.batch_stats, images, targets, jax.random.fold_in(key, j)
+        trained, variables, images, targets, jax.random.fold_in(key, j)
       )
       return jax.tree.map(jnp.add, total, (loss, grads, batch_stats, top1)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, (0.0, state.params, state.batch_stats, 0.0))
+    zeros = jax.tree.map(jnp.zeros_like, (0.0, trained, state.batch_stats, 0.0))
     inputs = (jnp.arange(accumulate_steps), split(images), split(targets))
     total, _ = jax.lax.scan(microbatch, zeros, inputs)
     return jax.tree.map(lambda x: x / accumulate_steps, total)
 
   def train_step(state, batch):
     images, targets = prepare(state.step, batch)
-    loss, grads, batch_stats, top1 = gradients(state, images, targets)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained = frozen.trained(state.params)
+    loss, grads, batch_stats, top1 = gradients(state, trained, images, targets)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    new = {'params': frozen.joined(trained, state.params), 'batch_stats': batch_stats}
+    new = frozen.kept(new, {'params': state.params, 'batch_stats': state.batch_stats})
     ema = state.ema
     if ema is not None:
-      new = {'params': params, 'batch_stats': batch_stats}
-      ema = optax.incremental_update(new, ema, 1 - ema_decay)
+      ema = frozen.kept(optax.incremental_update(new, ema, 1 - ema_decay), ema)
     window = state.window.merge(
       TrainMetrics.single_from_model_output(
         loss=loss,
         correct=top1,
         gradient_norm=optax.tree.norm(grads),
         update_norm=optax.tree.norm(updates),
-        parameter_norm=optax.tree.norm(params),
+        parameter_norm=optax.tree.norm(trained),
         learning_rate=schedule(state.step),
       )
     )
-    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, window)
+    state = TrainState(step=state.step + 1, **new, opt_state=opt_state, ema=ema, window=window)
     return state, loss
 
   return train_step

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
+from cvt_flax.ops.logits import num_classes
 from cvt_flax.weights import architecture, preprocessing
 from cvt_flax.weights.preprocessing import Preprocessing
 
@@ -22,7 +23,8 @@ class Description:
 
   Attributes:
     model: the network.
-    class_names: what the logits stand for, in their order; () where that is not known.
+    class_names: what the logits stand for, in their order; () where that is not known. A single
+      logit stands for the second of two classes.
     preprocessing: what images go through before it.
   """
 
@@ -35,7 +37,7 @@ class Description:
       if not isinstance(name, str) or not name.isprintable():
         raise UserError(f'class name {name!r}: printable text is needed')
     names, classes = len(self.class_names), self.model.num_classes
-    if names and names != classes:
+    if names and names != num_classes(classes):
       raise UserError(f'{names} class names do not fit the {classes} classes of the model')
 
 

@@ -221,6 +221,8 @@ def check_writable(weights: Weights, path: pathlib.Path, kind: str) -> None:
   files.check_new(path)
   if kind != FLAX:
     architecture.check_expressible(LAYOUTS[kind], weights.model)
+    if weights.model.num_classes == 1:  # whoever reads it would take a softmax over one logit
+      raise UserError(f'the layout {kind!r} has a logit for each class, and this model one for two')
   if kind in IN_PTH:
     files.import_torch(f'to write {path}')
   if kind == HUGGING_FACE.name:

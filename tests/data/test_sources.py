@@ -55,9 +55,10 @@ def test_a_path_without_its_kind(tmp_path):
     assert error_of(f'{tmp_path}/x.{kind}').endswith(f"did you mean '{kind}:{tmp_path}/x.{kind}'?")
 
 
-@pytest.mark.parametrize('holdout', [-0.1, 0.51, float('nan')])
-def test_holdout_out_of_range(holdout):
-  assert error_of('digits', holdout=holdout) == f'holdout is {holdout}, but must be from 0 to 0.5'
+@pytest.mark.parametrize('name', ['holdout', 'test_holdout'])
+@pytest.mark.parametrize('share', [-0.1, 0.51, float('nan')])
+def test_holdout_out_of_range(name, share):
+  assert error_of('digits', **{name: share}) == f'{name} is {share}, but must be from 0 to 0.5'
 
 
 def test_negative_seed():
@@ -101,6 +102,48 @@ def test_holding_out_is_a_function_of_the_seed(tmp_path):
   np.testing.assert_array_equal(first, again)
   assert not np.array_equal(first, other)
   assert len(first) == 20
+
+
+def test_a_source_without_a_test_split_lends_part_of_train(tmp_path):
+  """70/30, stratified, by the seed; validation then is a part of the 70 %."""
+  labels = np.array([0, 1, 1, 2] * 25)
+  x = random_images(100)
+  source = npz(tmp_path / 'a.npz', x_train=x, y_train=labels)
+  data, again, other = (
+    sources.load(source, holdout=0.1, test_holdout=0.3, seed=seed) for seed in (3, 3, 4)
+  )
+  assert (len(data.train), len(data.validation), len(data.test)) == (63, 7, 30)
+  np.testing.assert_allclose(np.bincount(data.test.labels), [7.5, 15, 7.5], atol=0.5)
+  for name in ('held_out', 'held_out_test'):
+    found, splits = getattr(data, name), {'held_out': data.validation, 'held_out_test': data.test}
+    assert found.dtype == np.int32 and found.tolist() == sorted(found)
+    assert [e.index for e in splits[name]] == found.tolist()
+    np.testing.assert_array_equal(found, getattr(again, name))
+    assert not np.array_equal(found, getattr(other, name))
+  places = [e.index for split in (data.train, data.validation, data.test) for e in split]
+  assert sorted(places) == list(range(100))
+  for split in (data.train, data.validation, data.test):
+    for example in split:
+      np.testing.assert_array_equal(example.image, x[example.index])
+      assert example.label == labels[example.index]
+  # The validation images are not those that the same seed takes from all of train.
+  assert data.test.name == 'a train (held out to test)'
+  assert not set(sources.load(source, holdout=0.3, seed=3).held_out) == set(data.held_out_test)
+
+
+def test_a_test_split_is_left_as_it_is(tmp_path):
+  y = np.arange(20) % 2
+  source = npz(
+    tmp_path / 'a.npz', x_train=random_images(20), y_train=y, x_test=random_images(20), y_test=y
+  )
+  data = sources.load(source, test_holdout=0.3)
+  assert (len(data.train), len(data.test), data.held_out_test.size) == (18, 20, 0)
+
+
+def test_nothing_to_hold_out_to_test(tmp_path):
+  source = npz(tmp_path / 'a.npz', x_train=random_images(4), y_train=np.arange(4) % 2)
+  message = error_of(source, test_holdout=0.1)
+  assert 'test_holdout=0.1 of the 4 images of a train is none' in message
 
 
 def test_nothing_held_out(tmp_path):

@@ -62,6 +62,11 @@ USED = {
     {'optimizer.schedule': 'multistep', 'optimizer.milestones': (3.0,)},
     0.5,
   ),
+  'optimizer.layer_decay': (
+    {'optimizer.freeze': 'backbone', 'init_from': 'weights'},
+    {'optimizer.freeze': ''},
+    0.7,
+  ),
   'epochs': ({'steps': 100}, {'steps': 0}, 7),
   'augment.crop_padding': ({'engine': 'stream'}, {'engine': 'resident'}, 4),
   'augment.trivial_augment': ({'engine': 'stream'}, {'engine': 'resident'}, True),

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score, roc_auc_score
 
 from cvt_flax.data import resident
 from cvt_flax.models.cvt import CvT
 from cvt_flax.training import sharding
-from cvt_flax.training.evaluate import evaluate, make_eval_step
+from cvt_flax.training.evaluate import alarm, evaluate, make_eval_step
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 IMAGES, BATCH, CLASSES = 37, 8, 7  # the last batch is five images and three of padding
@@ -64,6 +65,8 @@ def expected(arrays, variables, classes=CLASSES, competing=slice(None)):
     'top5': pytest.approx(hits[:, :5].any(1).mean(), rel=1e-6),
     'images': len(logits),
     'per_class': [pytest.approx(hits[m, 0].mean(), rel=1e-6) if m.any() else None for m in members],
+    'balanced_accuracy': pytest.approx(np.mean([hits[m, 0].mean() for m in members if m.any()])),
+    'predicted': np.bincount(order[:, 0], minlength=classes).tolist(),
   }
 
 
@@ -114,6 +117,50 @@ def test_with_fewer_than_five_classes_top5_is_over_all():
   found = evaluated(Linear(num_classes=3), variables, arrays)
   assert found == expected(arrays, variables, classes=3)
   assert found['top5'] == 1 and found['top1'] < 1
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'devices'), [(8, 8), (8, 1), (37, 1)], ids=['eight devices', 'padded', 'one batch']
+)
+def test_metrics_of_two_classes_are_scikit_learns(batch_size, devices):
+  """Of images of which some are alike, so that there are ties, and three in four of one class."""
+  arrays, variables = split(classes=2), weights(classes=2)
+  rng = np.random.default_rng(3)
+  label = (rng.random(IMAGES) < 0.25).astype(np.int32)
+  image = arrays.image[rng.integers(0, 20, IMAGES)]
+  arrays = arrays.replace(label=label, image=image)
+  found = evaluated(Linear(num_classes=2), variables, arrays, batch_size, devices)
+  logits = logits_of(arrays, variables).astype(np.float32)
+  margin, taken = logits[:, 1] - logits[:, 0], logits.argmax(1)
+  assert len(np.unique(margin)) < IMAGES and 0 < label.sum() < IMAGES / 2
+  assert found == expected(arrays, variables, classes=2) | {
+    'f1': pytest.approx(f1_score(label, taken)),
+    'auc': pytest.approx(roc_auc_score(label, margin)),
+    'majority': pytest.approx(1 - label.mean()),
+  }
+  assert len({found[name] for name in ('top1', 'balanced_accuracy', 'f1', 'auc', 'majority')}) == 5
+
+
+def test_what_two_classes_do_not_define_is_none():
+  arrays = split(classes=2).replace(label=np.zeros(IMAGES, np.int32))
+  variables = weights(classes=2)
+  variables['params']['head']['bias'] = jnp.array([100.0, 0.0])
+  found = evaluated(Linear(num_classes=2), variables, arrays)
+  assert (found['auc'], found['f1'], found['majority']) == (None, None, 1.0)
+  assert found['balanced_accuracy'] == found['top1'] == 1 and found['per_class'] == [1.0, None]
+  assert alarm(found, ('ant', 'bee')) == ''  # it is right
+
+
+def test_a_model_that_takes_all_images_for_one_class_raises_an_alarm():
+  arrays, variables = split(), weights()
+  found = evaluated(Linear(), variables, arrays)
+  names = tuple('abcdefg')
+  assert alarm(found, names) == ''
+  variables['params']['head']['bias'] = jnp.zeros(CLASSES).at[2].set(100.0)
+  found = evaluated(Linear(), variables, arrays)
+  assert found['predicted'] == [0, 0, IMAGES, 0, 0, 0, 0]
+  assert alarm(found, names).startswith(f"WARNING: all {IMAGES} images are taken for 'c', and they")
+  assert found['balanced_accuracy'] == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize('competing', [[1, 2, 3, 4, 6], [2, 4], [0, 1, 2, 3, 4, 6]], ids=str)

@@ -133,8 +133,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_weights(
   config.init_from = str(weights())
   training, _ = first_state(config, tmp_path / 'run')
   with experiment.only_one(tmp_path / 'run'):
-    held_out = training.dataset.held_out
-    experiment.write(tmp_path / 'run', training.experiment, held_out, training.description)
+    experiment.write(tmp_path / 'run', training.experiment, training.dataset, training.description)
   _, state = first_state(config, tmp_path / 'run')
   assert_same_bytes({'params': state.params}, {'params': drawn_variables(training.model)['params']})
 
@@ -179,6 +178,36 @@ def test_a_run_folder_is_as_good_as_a_file(config, trained, tmp_path, capsys):
   convert_weights(folder, tmp_path / 'flax')
   assert_same_bytes(load_pretrained(tmp_path / 'flax')[1], weights.variables)
   np.testing.assert_array_equal(len(list(predict_images(folder, [_picture(tmp_path)]))), 1)
+
+
+def test_a_chain_of_runs_to_a_folder_of_other_classes(
+  trained, streamed, pictures, tmp_path, capsys
+):
+  """A run, then a new head alone on a folder without a test split, then that run as weights."""
+  _, first, _ = trained
+  streamed.source = f'folder:{pictures}/train'
+  streamed.init_from = str(first)
+  streamed.optimizer.freeze, streamed.eval.test_holdout = 'backbone', 0.25
+  streamed.optimizer.name, streamed.learning_rate = 'sgd', 0.5
+  result = loop.run(streamed, tmp_path / 'second')
+  said = capsys.readouterr().out
+  assert 'the head starts anew, for 2 classes in place of 2 others' in said
+  assert 'trained: 18 parameters; frozen: ' in said  # 8 channels, 2 classes
+  assert result['test/images'] == 24 and result['test/top1'] > result['test/majority']
+
+  folders = (first, tmp_path / 'second')
+  backbone, tuned = (flatten_dict(pretrained.load(folder).variables) for folder in folders)
+  for path, x in backbone.items():
+    same = np.asarray(tuned[path]).tobytes() == np.asarray(x).tobytes()
+    assert same == (path[1] != 'head'), path
+  (found,) = predict_images(tmp_path / 'second', [_picture(tmp_path)])
+  assert set(found.names) == {'bright', 'dark'}
+  streamed.init_from, streamed.optimizer.freeze, streamed.steps = str(tmp_path / 'second'), '', 5
+  streamed.epochs = 10
+  capsys.readouterr()
+  loop.run(streamed, tmp_path / 'third')
+  said = capsys.readouterr().out
+  assert 'second (run): ' in said and 'anew' not in said
 
 
 def _picture(folder):

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from cvt_flax.models.zoo import create_model
 from cvt_flax.training.config import OptimizerConfig, freeze
 from cvt_flax.training.optimizer import (
   decayed,
+  layer_scales,
   make_optimizer,
   make_schedule,
   peak_learning_rate,
@@ -155,6 +157,77 @@ def test_decay_groups_have_the_authors_sizes(name, decay, no_decay):
   assert block['norm1'] == {'scale': False, 'bias': False}
   assert block['mlp']['fc1'] == mask['head'] == {'kernel': True, 'bias': False}
   assert mask['stage0']['patch_embed']['proj'] == {'kernel': True, 'bias': False}
+
+
+# Layer-wise rates.
+
+
+def paths_of(name):
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), images)['params']
+  return ['/'.join(path) for path in flatten_dict(shapes)]
+
+
+@pytest.mark.parametrize(('name', 'layers'), [('cvt-13', 17), ('cvt-21', 25), ('cvt-nano', 8)])
+def test_each_layer_below_the_head_is_slower(name, layers):
+  """As BEiT: the head whole, the last block times the decay, ..., the first embedding slowest."""
+  scales = layer_scales(0.5, [tuple(path.split('/')) for path in paths_of(name)])
+  scales = {'/'.join(path): scale for path, scale in scales.items()}
+  assert scales.keys() == set(paths_of(name))
+  depths = create_model(name).depths
+  order = [
+    top for s, n in enumerate(depths) for top in (f'stage{s}/e', *(f'{s}/{j}' for j in range(n)))
+  ]
+  assert len(order) + 1 == layers
+  for path, scale in scales.items():
+    if path.startswith(('head/', 'norm/')):
+      expected = 1.0
+    else:
+      stage, below = path.split('/')[:2]
+      is_block = below.startswith('blocks_')
+      layer = f'{stage[5:]}/{below[7:]}' if is_block else f'{stage}/e'
+      expected = 0.5 ** (len(order) - order.index(layer))
+    assert scale == expected, path
+
+
+def test_cvt_13_with_layer_decay_has_these_rates():
+  names = {
+    'head/bias': 0,
+    'norm/scale': 0,
+    'stage2/blocks_9/mlp/fc1/kernel': 1,
+    'stage2/blocks_0/attn/conv_proj_q/bn/scale': 10,
+    'stage2/patch_embed/proj/kernel': 11,
+    'stage2/cls_token': 11,
+    'stage1/blocks_1/norm1/bias': 12,
+    'stage1/blocks_0/norm1/bias': 13,
+    'stage1/patch_embed/norm/scale': 14,
+    'stage0/blocks_0/mlp/fc2/bias': 15,
+    'stage0/patch_embed/proj/bias': 16,
+  }
+  scales = layer_scales(0.75, [tuple(path.split('/')) for path in paths_of('cvt-13')])
+  for name, depth in names.items():
+    assert scales[tuple(name.split('/'))] == pytest.approx(0.75**depth), name
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adam', 'sgd', 'rmsprop'])
+def test_a_layers_rate_is_that_share_of_the_learning_rate(name):
+  """Of all that an update is made of, weight decay too: as another rate altogether."""
+  config = OptimizerConfig(name=name, weight_decay=0.1, clip_norm=1.0)
+  scales = {('dense', 'kernel'): 0.25, ('dense', 'bias'): 0.25, ('norm', 'scale'): 1.0}
+  _, _, params = problem()
+  grads = jax.tree.map(lambda x: jnp.cos(3 * x), params)
+
+  def updates(rate, scales=None):
+    tx = make_optimizer(config, lambda step: rate / (1 + step), scales)
+    state = tx.init(params)
+    for _ in range(2):
+      found, state = tx.update(grads, state, params)
+    return found
+
+  found, whole, quarter = updates(0.1, scales), updates(0.1), updates(0.025)
+  np.testing.assert_array_equal(found['norm']['scale'], whole['norm']['scale'])
+  for leaf in ('kernel', 'bias'):
+    np.testing.assert_allclose(found['dense'][leaf], quarter['dense'][leaf], rtol=1e-6)
 
 
 # Update rules.

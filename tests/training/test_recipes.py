@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cvt_flax import save_pretrained
 from cvt_flax.data import array_source, stream
 from cvt_flax.training import loop
 from cvt_flax.training.config import freeze
@@ -18,6 +19,7 @@ from cvt_flax.training.metrics import read_metrics
 from cvt_flax.training.optimizer import make_schedule, peak_learning_rate
 from cvt_flax.training.setup import build_model
 from cvt_flax.training.sharding import make_mesh
+from tests.models.torch_weights import drawn_variables
 from tests.training.test_optimizer import OFFICIAL
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
@@ -108,6 +110,19 @@ def test_fine_tuning_is_what_the_paper_says(variant, steps):
   assert c.init_from  # from scratch would be another experiment
 
 
+@pytest.mark.parametrize('name', ['transfer_folder', 'transfer_food11'])
+def test_transfer_is_sgd_on_weights(name):
+  frozen, full = load(name, 'frozen'), load(name, 'full')
+  for config in (frozen, full):
+    config.source = config.source or 'folder:DIR'
+  frozen, full = freeze(frozen), freeze(full)
+  assert (frozen.optimizer.freeze, full.optimizer.freeze) == ('backbone', '')
+  for c in (frozen, full):
+    o = c.optimizer
+    assert (o.name, o.momentum, o.schedule, c.engine) == ('sgd', 0.9, 'cosine', 'stream')
+    assert c.init_from  # from scratch would be another experiment
+
+
 def test_imagenette_is_imagenet_in_small_batches():
   c, official = freeze(load('cvt13_imagenet', 'imagenette')), freeze(load('cvt13_imagenet'))
   assert c.source.startswith('tfds:imagenette') and c.augment == official.augment
@@ -154,6 +169,10 @@ def test_every_config_trains_a_step(name, variant, tmp_path):
   config.image_size = 24
   config.batch_size, config.model.bn_group_size = 8, 4
   config.model.update(SMALL)
+  if config.optimizer.freeze:  # what is frozen has to come from somewhere
+    config.init_from = str(tmp_path / 'weights')
+    model = build_model(freeze(config).model, 3)
+    save_pretrained(config.init_from, model, drawn_variables(model))
   config.optimizer.min_learning_rate = 0.0  # the rate scales with the batch, this does not
   if config.steps:
     config.steps = 2

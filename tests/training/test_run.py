@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cvt_flax.errors import Diverged, UserError
-from cvt_flax.training import experiment, loop
+from cvt_flax.training import experiment, loop, setup
+from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -20,7 +21,8 @@ def test_a_run_learns_and_says_what_it_did(trained, capsys):
   config, folder, result = trained
   assert result['test/top1'] >= 0.9
   assert result['test/images'] == 50
-  assert len(result['test/per_class']) == 2
+  assert len(result['test/per_class']) == 2 and sum(result['test/predicted']) == 50
+  assert result['test/auc'] > 0.9 > result['test/majority'] >= 0.5
 
   lines = read_metrics(folder / 'metrics.jsonl')
   assert [m['step'] for m in lines if 'train/loss' in m] == [7, 14, 21, 28, 33]
@@ -42,7 +44,8 @@ def test_a_finished_run_is_left_alone(trained, capsys):
   config, folder, result = trained
   before = (folder / 'metrics.jsonl').read_bytes()
   again = loop.run(config, folder)
-  assert 'is finished' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'is finished' in said and "  F1 of '1' " in said and 'WARNING' not in said
   assert again['test/top1'] == result['test/top1']
   assert (folder / 'metrics.jsonl').read_bytes() == before
 
@@ -182,6 +185,53 @@ def test_holdout_0_trains_on_everything_and_reports_the_last_checkpoint(config, 
   assert json.loads((tmp_path / 'held_out.json').read_text()) == []
 
 
+@pytest.fixture
+def flat(npz, tmp_path):
+  """The tiny data without its test split: 200 images."""
+  arrays = np.load(npz)
+  np.savez(tmp_path / 'flat.npz', x_train=arrays['x_train'], y_train=arrays['y_train'])
+  return tmp_path / 'flat.npz'
+
+
+def test_test_images_held_out_of_train(config, flat, tmp_path):
+  """Trained on are 126 images, validated with 14, tested with 60; the folder says which."""
+  config.source, config.epochs, config.eval.test_holdout = f'npz:{flat}', 2, 0.3
+  folder = tmp_path / 'run'
+  result = loop.run(config, folder)
+  assert (result['test/images'], result['val/images'], result['checkpoint'] % 7) == (60, 14, 0)
+  held_out, tested = (
+    json.loads((folder / name).read_text()) for name in ('held_out.json', 'held_out_test.json')
+  )
+  assert (len(held_out), len(tested), len({*held_out, *tested})) == (14, 60, 74)
+  metrics = loop.run(config, folder, mode='eval')
+  assert metrics['test/top1'] == result['test/top1'] and metrics['test/images'] == 60
+
+  other = config.copy_and_resolve_references()
+  other.eval.test_holdout = 0.2
+  for mode in ('train', 'eval'):
+    with pytest.raises(UserError, match='eval.test_holdout 0.3 -> 0.2'):
+      loop.run(other, folder, mode=mode)
+  config.eval.sets = (config.source,)
+  with pytest.raises(UserError, match='has no images but those that are trained on'):
+    loop.run(config, folder, mode='eval')
+  config.eval.sets = ()
+
+  arrays = dict(np.load(flat))  # more images: others would be held out
+  np.savez(flat, **{name: np.concatenate([x, x[:40]]) for name, x in arrays.items()})
+  with pytest.raises(UserError, match='held_out.json names others, and some that it was trained'):
+    loop.run(config, folder, mode='eval')
+  with pytest.raises(UserError, match='have changed since the run'):
+    loop.run(config, folder)
+
+
+def test_a_test_split_and_test_images_held_out(config, tmp_path):
+  config.eval.test_holdout = 0.3
+  with pytest.raises(
+    UserError, match='eval.test_holdout=0.3 has no effect: .* brings a test split'
+  ):
+    loop.run(config, tmp_path / 'run')
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
@@ -211,6 +261,41 @@ def test_wrong_input_is_told_before_anything_is_written(config, tmp_path, change
     loop.run(config, tmp_path / 'run')
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_that_tells_nothing_apart_says_so(config, tmp_path, capsys):
+  config.learning_rate, config.epochs, config.optimizer.warmup_epochs = 1e-9, 1, 0.0
+  result = loop.run(config, tmp_path)
+  assert 0 in result['test/predicted'] and result['test/balanced_accuracy'] == 0.5
+  said = capsys.readouterr().out
+  assert 'test: WARNING: all 50 images are taken for ' in said
+  assert said.count('WARNING: all 20 images are taken for ') == 2  # when validated, in the end
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'devices', 'groups', 'words'),
+  [
+    (96, 1, 4, 'try --config.batch_size=48, with another --workdir'),
+    (24, 8, 4, 'try --config.batch_size=8, with another --workdir'),  # 12 is not for 8 devices
+    (24, 1, 12, 'a smaller one has to be a multiple of 24: change mesh.data, model.bn_group_size'),
+  ],
+)
+def test_too_little_memory_is_told_with_a_batch_to_try(
+  batch_size, devices, groups, words, config, tmp_path, monkeypatch
+):
+  def step(state, batch):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
+
+  monkeypatch.setattr(setup, 'make_train_step', lambda *_, **__: step)
+  config.batch_size, config.mesh.data, config.model.bn_group_size = batch_size, devices, groups
+  with pytest.raises(UserError, match=f'batch_size={batch_size} is too large .*: {words}') as error:
+    loop.run(config, tmp_path / 'run')
+  assert '\n' not in str(error.value)
+
+
+def test_another_error_of_xla_is_left_alone():
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), told_of_memory(16, 8):
+    raise jax.errors.JaxRuntimeError('INTERNAL: something else')
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
