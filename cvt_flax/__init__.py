@@ -14,6 +14,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (the one place that tells a perso
   raise ImportError(f'cvt_flax needs Python 3.11 or newer, this is {sys.version.split()[0]}')
 
 if typing.TYPE_CHECKING:  # what editors and type checkers read
+  from cvt_flax.models.compact import CompactViT
   from cvt_flax.models.cvt import CvT
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
@@ -24,6 +25,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
 __version__ = '0.1.0.dev0'
 
 __all__ = [
+  'CompactViT',
   'CvT',
   'convert_weights',
   'create_model',
@@ -36,6 +38,7 @@ __all__ = [
 
 # Public name -> the module that has it, and its name there.
 _PLACES = {
+  'CompactViT': ('cvt_flax.models.compact', 'CompactViT'),
   'CvT': ('cvt_flax.models.cvt', 'CvT'),
   'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),
   'create_model': ('cvt_flax.models.zoo', 'create_model'),

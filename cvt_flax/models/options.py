@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
 
 PROJECTIONS = ('dw_bn', 'avg', 'linear')
 ATTENTION_SCALES = ('embed_dim', 'head_dim')
-POOLS = ('cls', 'mean')
+POOLS = ('cls', 'seq', 'mean')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,20 @@ class StageOptions:
         return height, width
 
 
+def choice(model, name: str, allowed: tuple[str, ...]) -> str:
+  """Returns an attribute of `model`.
+
+  Raises:
+    ValueError: it is none of `allowed`.
+  """
+  value = getattr(model, name)
+  if value not in allowed:
+    raise ValueError(
+      f'{name}={value!r}: one of {", ".join(allowed)} is needed{nearest(str(value), allowed)}'
+    )
+  return value
+
+
 def resolve(model: CvT) -> list[StageOptions]:
   """Returns the options of every stage of `model`.
 
@@ -98,24 +112,16 @@ def resolve(model: CvT) -> list[StageOptions]:
       raise ValueError(f'{name}={tuple(values)}: at least {low} is needed')
     return values
 
-  def choice(name, allowed):
-    value = getattr(model, name)
-    if value not in allowed:
-      raise ValueError(
-        f'{name}={value!r}: one of {", ".join(allowed)} is needed{nearest(str(value), allowed)}'
-      )
-    return value
-
   def rates(name):
     values = per_stage(name, default=0.0)
     if any(not 0 <= v < 1 for v in values):
       raise ValueError(f'{name}={tuple(values)}: rates from 0 up to, not including, 1 are needed')
     return values
 
-  projection = choice('projection', PROJECTIONS)
-  scale_of = choice('attention_scale', ATTENTION_SCALES)
-  activation = choice('activation', tuple(ACTIVATIONS))
-  pool = choice('pool', POOLS)
+  projection = choice(model, 'projection', PROJECTIONS)
+  scale_of = choice(model, 'attention_scale', ATTENTION_SCALES)
+  activation = choice(model, 'activation', tuple(ACTIVATIONS))
+  pool = choice(model, 'pool', POOLS)
 
   unused = {
     'dw_bn': (),

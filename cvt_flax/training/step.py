@@ -95,7 +95,7 @@ def make_train_step(
   `accumulate_steps` microbatches and updates parameters, running statistics, optimizer, averages
   and metrics. It is meant to be jitted with the state donated.
   """
-  groups = model.bn_group_size
+  groups = getattr(model, 'bn_group_size', 0)  # CompactViT has no batch norm
 
   def prepare(step, batch):
     """Returns the images, float32 [b h w 3], and the targets, [b k] rows that sum to 1."""

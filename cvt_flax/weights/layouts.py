@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 
 Path = tuple[str, ...]  # such as ('params', 'stage0', 'patch_embed', 'proj', 'kernel')
@@ -253,9 +254,10 @@ VIT_PYTORCH = Layout(
 LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HUGGING_FACE, VIT_PYTORCH)}
 
 
-def leaf_shapes(model: CvT) -> dict[Path, tuple[int, ...]]:
+def leaf_shapes(model: CvT | CompactViT) -> dict[Path, tuple[int, ...]]:
   """Returns {path: shape} of all parameters and statistics of `model`, for colour images."""
-  size = 8 * math.prod(model.patch_strides)
+  compact = isinstance(model, CompactViT)
+  size = model.image_size if compact else 8 * math.prod(model.patch_strides)
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of maps of one key, which is for whoever uses the model
@@ -263,12 +265,11 @@ def leaf_shapes(model: CvT) -> dict[Path, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
-def check_size(source: str, model: CvT, tensors: int) -> None:
+def check_size(source: str, model: CvT | CompactViT, tensors: int) -> None:
   """Raises a UserError when there are fewer tensors than blocks, before a tree of them is made."""
-  if sum(model.depths) > tensors:
-    raise UserError(
-      f'{source}: the model has {sum(model.depths)} blocks, and there are {tensors} tensors'
-    )
+  blocks = model.depth if isinstance(model, CompactViT) else sum(model.depths)
+  if blocks > tensors:
+    raise UserError(f'{source}: the model has {blocks} blocks, and there are {tensors} tensors')
 
 
 def check(

@@ -51,7 +51,7 @@ REFUSED = [
   (dict(projection='conv'), r"projection='conv': one of dw_bn, avg, linear"),
   (dict(activation='quickgelu'), r"activation='quickgelu': .*did you mean 'quick_gelu'\?"),
   (dict(attention_scale='dim'), r"attention_scale='dim': one of embed_dim, head_dim"),
-  (dict(pool='max'), r"pool='max': one of cls, mean"),
+  (dict(pool='max'), r"pool='max': one of cls, seq, mean"),
   (dict(cls_token=()), r"pool='cls' reads the last stage's class token, .*pool='mean'"),
   (dict(cls_token=(True, True, False)), r"pool='cls' reads the last stage's class token"),
   (dict(num_classes=-1), r'num_classes=-1: at least 0'),
