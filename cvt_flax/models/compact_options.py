@@ -122,8 +122,8 @@ def check_size(model: CompactViT, options: CompactOptions, height: int, width: i
   """Checks that `model` takes images of height x width pixels.
 
   Raises:
-    ValueError: they are of another size than its learnt position embedding, patches do not cover
-      them, or no token is left.
+    ValueError: they are of another size than its learnt position embedding, or patches do not cover
+      them.
   """
   size, patch = f'{height}x{width}', options.patch_size
   if model.position == 'learnable' and {height, width} != {model.image_size}:
@@ -132,5 +132,3 @@ def check_size(model: CompactViT, options: CompactOptions, height: int, width: i
     )
   if not options.conv_layers and (height % patch or width % patch):
     raise ValueError(f'images of {size}: patch_size={patch} does not divide them')
-  if min(options.map_size(height, width)) < 1:
-    raise ValueError(f'images of {size} are too small: no token is left')

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cvt_flax import CvT, create_model, list_models
+from cvt_flax import CvT, create_model
 from cvt_flax.models.cvt import ConvProjection
 from cvt_flax.models.options import resolve
+from cvt_flax.models.zoo import VARIANTS
 
 PER_STAGE = {
   'depths': 1,
@@ -82,7 +83,7 @@ def test_other_lengths(name, length):
     CvT(**{name: values})
 
 
-@pytest.mark.parametrize('name', list_models())
+@pytest.mark.parametrize('name', VARIANTS)
 def test_every_variant_refuses_heads_that_do_not_divide(name):
   with pytest.raises(ValueError, match='num_heads'):
     create_model(name, num_heads=(7, 7, 7))
