@@ -29,7 +29,8 @@ import torch
 import transformers
 
 from benchmarks import common
-from cvt_flax import create_model, list_models
+from cvt_flax import create_model
+from cvt_flax.models.zoo import VARIANTS
 from cvt_flax.weights.layouts import HUGGING_FACE
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
@@ -85,9 +86,7 @@ def parse():
   # transformers takes the drop path rate of a block by its stage's number: a stage with fewer
   # blocks than that is an error there.
   names = [
-    name
-    for name in list_models()
-    if all(depth > s for s, depth in enumerate(create_model(name).depths))
+    name for name in VARIANTS if all(depth > s for s, depth in enumerate(create_model(name).depths))
   ]
   parser.add_argument('--model', default='cvt-13', choices=names)
   parser.add_argument('--size', type=int, default=224, help='height and width of the images')

@@ -15,6 +15,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (the one place that tells a perso
 
 if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.attention_maps import attention_maps
+  from cvt_flax.models.compact import CompactViT
   from cvt_flax.models.cvt import CvT
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
@@ -25,6 +26,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
 __version__ = '0.1.0.dev0'
 
 __all__ = [
+  'CompactViT',
   'CvT',
   'attention_maps',
   'convert_weights',
@@ -38,6 +40,7 @@ __all__ = [
 
 # Public name -> the module that has it, and its name there.
 _PLACES = {
+  'CompactViT': ('cvt_flax.models.compact', 'CompactViT'),
   'CvT': ('cvt_flax.models.cvt', 'CvT'),
   'attention_maps': ('cvt_flax.models.attention_maps', 'attention_maps'),
   'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),

@@ -88,7 +88,11 @@ def predict_images(
   if image_size:
     steps = dataclasses.replace(steps, image_size=image_size)
   size = steps.image_size
-  if min(min(stage.height, stage.width) for stage in stage_geometry(model, size, size)) < 1:
+  try:
+    stages = stage_geometry(model, size, size)
+  except ValueError as e:
+    raise UserError(str(e)) from e
+  if min(min(stage.height, stage.width) for stage in stages) < 1:
     raise UserError(f'images of {size}x{size} are too small for this model')
   names = weights.description.class_names
   top = min(top, num_classes(model.num_classes))

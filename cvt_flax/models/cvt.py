@@ -23,6 +23,7 @@ from cvt_flax.models.layers import (
   DepthwiseConv,
   DropPath,
   LayerNorm,
+  SequencePool,
   dense_init,
   uniform_init,
 )
@@ -244,14 +245,14 @@ class CvT(nn.Module):
     head_dim: channels of a head; 0 is embed_dim // num_heads.
     attention_scale: 'embed_dim' (scores times embed_dim ** -0.5, as the authors do) or 'head_dim'.
     qkv_bias, out_bias, mlp_bias: whether those linear layers have a bias.
-    activation: 'quick_gelu' (the authors') or 'gelu' (exact).
+    activation: 'quick_gelu' (the authors'), 'gelu' (exact) or 'gelu_tanh'.
     drop_rates: dropout of the attention's output and in the MLP; () is 0.
     embed_drop_rates: dropout after the embedding; () is drop_rates.
     attn_drop_rates: dropout of the attention weights; () is 0.
     drop_path_rates: of the last block of the stage, rising linearly from 0 at the first; () is 0.
-    pool: what the classifier reads: 'cls', the last stage's class token, or 'mean', the mean over
-      its map.
-    final_norm: whether a layer norm stands before the classifier (before the mean).
+    pool: what the classifier reads: 'cls', the last stage's class token; 'mean', the mean over its
+      map; 'seq', that mean weighted by the softmax of a score that a linear layer gives each pixel.
+    final_norm: whether a layer norm stands before the classifier (before the pooling).
     in_channels: of the images.
     bn_group_size: images over which a batch norm takes its training statistics; 0 is the whole
       batch, across all devices ('dw_bn').
@@ -315,7 +316,8 @@ class CvT(nn.Module):
     x = cls if self.pool == 'cls' else rearrange(maps[-1], 'b h w c -> b (h w) c')
     if self.final_norm:
       x = LayerNorm(name='norm')(x)
-    x = jnp.mean(x.astype(jnp.float32), axis=1)
+    x = x.astype(jnp.float32)
+    x = SequencePool(name='seq_pool')(x) if self.pool == 'seq' else jnp.mean(x, axis=1)
     if not self.num_classes:
       return x
     return nn.Dense(
@@ -359,7 +361,7 @@ def _naming_unknown_attributes(init):
   def checked(self, *args, **attributes):
     for name in attributes:
       if name not in CvT.__dataclass_fields__:
-        raise TypeError(unknown_attribute(name, CvT.__dataclass_fields__))
+        raise TypeError(unknown_attribute('CvT', name, CvT.__dataclass_fields__))
     init(self, *args, **attributes)
 
   return checked

@@ -39,7 +39,16 @@ def gelu(x: Array) -> Array:
   return nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {'quick_gelu': quick_gelu, 'gelu': gelu}
+def gelu_tanh(x: Array) -> Array:
+  """Returns the GELU with a hyperbolic tangent in place of the error function."""
+  return nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  'quick_gelu': quick_gelu,
+  'gelu': gelu,
+  'gelu_tanh': gelu_tanh,
+}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -126,3 +135,19 @@ class DropPath(nn.Module):
     keep = 1 - self.rate
     mask = jax.random.bernoulli(self.make_rng('dropout'), keep, (x.shape[0], 1, 1))
     return jnp.where(mask, x / keep, jnp.zeros_like(x))
+
+
+class SequencePool(nn.Module):
+  """The mean of the tokens, weighted by the softmax of a score that a linear layer gives each.
+
+  The sequence pooling of https://arxiv.org/abs/2104.05704. The bias of the score changes nothing:
+  it is there because both code bases have it. Sows 'weights' [b n] into 'intermediates', without
+  cost unless that collection is mutable.
+  """
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b c']:
+    scores = nn.Dense(1, kernel_init=dense_init, name='score')(x)[..., 0]
+    weights = nn.softmax(scores.astype(jnp.float32), axis=-1)
+    self.sow('intermediates', 'weights', weights)
+    return jnp.einsum('bn,bnc->bc', weights, x)

@@ -18,7 +18,7 @@ if typing.TYPE_CHECKING:
 
 PROJECTIONS = ('dw_bn', 'avg', 'linear')
 ATTENTION_SCALES = ('embed_dim', 'head_dim')
-POOLS = ('cls', 'mean')
+POOLS = ('cls', 'seq', 'mean')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,25 @@ class StageOptions:
         return height, width
 
 
-def unknown_attribute(name: str, allowed: Iterable[str]) -> str:
-  """Returns the message for a keyword that is no attribute of CvT."""
+def unknown_attribute(model: str, name: str, allowed: Iterable[str]) -> str:
+  """Returns the message for a keyword that is no attribute of the class `model`."""
   if re.match(r's\d_', name):
-    return f'CvT has no attribute {name!r}: keywords by stage are those of cvt_flax.compat.CvT'
-  return f'CvT has no attribute {name!r}{nearest(name, allowed)}'
+    return f'{model} has no attribute {name!r}: keywords by stage are those of cvt_flax.compat.CvT'
+  return f'{model} has no attribute {name!r}{nearest(name, allowed)}'
+
+
+def choice(model, name: str, allowed: tuple[str, ...]) -> str:
+  """Returns an attribute of `model`.
+
+  Raises:
+    ValueError: it is none of `allowed`.
+  """
+  value = getattr(model, name)
+  if value not in allowed:
+    raise ValueError(
+      f'{name}={value!r}: one of {", ".join(allowed)} is needed{nearest(str(value), allowed)}'
+    )
+  return value
 
 
 def resolve(model: CvT) -> list[StageOptions]:
@@ -108,24 +122,16 @@ def resolve(model: CvT) -> list[StageOptions]:
       raise ValueError(f'{name}={tuple(values)}: at least {low} is needed')
     return values
 
-  def choice(name, allowed):
-    value = getattr(model, name)
-    if value not in allowed:
-      raise ValueError(
-        f'{name}={value!r}: one of {", ".join(allowed)} is needed{nearest(str(value), allowed)}'
-      )
-    return value
-
   def rates(name):
     values = per_stage(name, default=0.0)
     if any(not 0 <= v < 1 for v in values):
       raise ValueError(f'{name}={tuple(values)}: rates from 0 up to, not including, 1 are needed')
     return values
 
-  projection = choice('projection', PROJECTIONS)
-  scale_of = choice('attention_scale', ATTENTION_SCALES)
-  activation = choice('activation', tuple(ACTIVATIONS))
-  pool = choice('pool', POOLS)
+  projection = choice(model, 'projection', PROJECTIONS)
+  scale_of = choice(model, 'attention_scale', ATTENTION_SCALES)
+  activation = choice(model, 'activation', tuple(ACTIVATIONS))
+  pool = choice(model, 'pool', POOLS)
 
   unused = {
     'dw_bn': (),

@@ -1,6 +1,7 @@
 """Named models."""
 
 from cvt_flax.errors import nearest
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.options import unknown_attribute
 
@@ -16,7 +17,7 @@ CVT_21 = CVT_13 | dict(depths=(1, 4, 16))
 # the class token; these leave it an 8x8 map with sixteen.
 SMALL_IMAGES = dict(patch_sizes=(3, 3, 3), patch_strides=(1, 2, 2), patch_paddings=(1, 1, 1))
 
-# The attributes of every named model; what is not given has CvT's default. The first three are
+# The attributes of every named CvT; what is not given has CvT's default. The first three are
 # experiments/imagenet/cvt/*.yaml of the authors' code; the others are this project's.
 VARIANTS: dict[str, dict] = {
   'cvt-13': CVT_13,
@@ -49,28 +50,54 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+# What SHI-Labs' code has in all its models (src/utils/transformers.py, src/cct.py).
+CCT = dict(
+  pool='seq',
+  patch_size=3,
+  residual_norm=True,
+  final_norm=True,
+  qkv_bias=False,
+  activation='gelu',
+)
+
+# The attributes of every named CompactViT; what is not given has CompactViT's default. CCT's names
+# are depth / kernel x convolutions, as in the paper. Its code has 0.1 for attn_drop_rate and
+# drop_path_rate: that is for a recipe to say.
+COMPACT_VARIANTS: dict[str, dict] = {
+  'cvit': dict(pool='cls'),
+  'mcvit': dict(pool='seq'),
+  'cct-2/3x2': CCT | dict(conv_layers=2, width=128, depth=2, heads=2, mlp_ratio=1.0),
+  'cct-7/3x1': CCT | dict(conv_layers=1, width=256, depth=7, heads=4, mlp_ratio=2.0),
+}
+
+
 def list_models() -> list[str]:
   """Returns the names that `create_model` takes."""
-  return list(VARIANTS)
+  return [*VARIANTS, *COMPACT_VARIANTS]
 
 
-def create_model(name: str, num_classes: int = 1000, **attributes) -> CvT:
+def create_model(name: str, num_classes: int = 1000, **attributes) -> CvT | CompactViT:
   """Returns the model of that name, a linen module.
 
   Args:
     name: one of `list_models()`.
     num_classes: length of the logits; 0 for the pooled features.
-    **attributes: of `CvT`, in place of the named model's.
+    **attributes: of `CvT` or `CompactViT`, in place of the named model's.
 
   Raises:
     ValueError: for an unknown name or attribute, or attributes that do not fit together.
   """
-  if name not in VARIANTS:
-    raise ValueError(
-      f'model {name!r}: one of {", ".join(VARIANTS)} is needed{nearest(name, VARIANTS)}'
-    )
-  allowed = set(CvT.__dataclass_fields__) - {'parent', 'name', 'num_classes'}
+  family, variants = (CompactViT, COMPACT_VARIANTS) if is_compact(name) else (CvT, VARIANTS)
+  if name not in variants:
+    known = list_models()
+    raise ValueError(f'model {name!r}: one of {", ".join(known)} is needed{nearest(name, known)}')
+  allowed = set(family.__dataclass_fields__) - {'parent', 'name', 'num_classes'}
   for attribute in attributes:
     if attribute not in allowed:
-      raise ValueError(unknown_attribute(attribute, allowed))
-  return CvT(num_classes=num_classes, **VARIANTS[name] | attributes)
+      raise ValueError(f'{name}: {unknown_attribute(family.__name__, attribute, allowed)}')
+  return family(num_classes=num_classes, **variants[name] | attributes)
+
+
+def is_compact(name: str) -> bool:
+  """Returns whether the model of that name is a CompactViT."""
+  return name in COMPACT_VARIANTS

@@ -88,7 +88,10 @@ _WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The network. Apart from its name, precision and groups, '' and () keep the named model's."""
+  """The network. Apart from its name, precision and groups, '', 0 and () keep the named model's.
+
+  Keys of every stage are those of a CvT; width to drop_path_rate are a CompactViT's.
+  """
 
   name: str = key('cvt-13', 'a name of cvt_flax.list_models()')
   dtype: str = key(
@@ -109,14 +112,30 @@ class ModelConfig:
   qkv_kernels: tuple[int, ...] = key((), 'kernel of the projections of every stage', low=1)
   head_dim: int = key(0, "channels of a head; 0: the stage's, divided by its heads", low=0)
   attention_scale: str = key('', "'embed_dim' or 'head_dim'", allowed=('', 'embed_dim', 'head_dim'))
-  activation: str = key('', "'quick_gelu' or 'gelu'", allowed=('', 'quick_gelu', 'gelu'))
+  activation: str = key(
+    '',
+    "'quick_gelu', 'gelu' or 'gelu_tanh'",
+    allowed=('', 'quick_gelu', 'gelu', 'gelu_tanh'),
+  )
   projection: str = key('', "'dw_bn', 'avg' or 'linear'", allowed=('', 'dw_bn', 'avg', 'linear'))
-  pool: str = key('', "'cls' or 'mean'", allowed=('', 'cls', 'mean'))
+  pool: str = key('', "'cls', 'seq' or 'mean'", allowed=('', 'cls', 'seq', 'mean'))
   drop_rates: tuple[float, ...] = key((), 'dropout of every stage', low=0.0)
   attn_drop_rates: tuple[float, ...] = key((), 'attention dropout of every stage', low=0.0)
   drop_path_rates: tuple[float, ...] = key(
     (), 'drop path of the last block of every stage', low=0.0
   )
+  width: int = key(0, 'channels of a token', low=0)
+  depth: int = key(0, 'blocks', low=0)
+  heads: int = key(0, 'attention heads', low=0)
+  mlp_ratio: float = key(0.0, 'hidden channels of the MLP, by the width', low=0.0)
+  patch_size: int = key(0, "side of a patch, or kernel of the tokenizer's convolutions", low=0)
+  conv_layers: int = key(0, "convolutions of CCT's tokenizer", low=0)
+  position: str = key(
+    '', "'learnable', 'sine' or 'none'", allowed=('', 'learnable', 'sine', 'none')
+  )
+  drop_rate: float = key(0.0, 'dropout', low=0.0)
+  attn_drop_rate: float = key(0.0, 'attention dropout', low=0.0)
+  drop_path_rate: float = key(0.0, 'drop path of the last block', low=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

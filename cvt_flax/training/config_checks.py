@@ -109,8 +109,10 @@ def _check_groups(c: TrainConfig):
     return
   if c.batch_size % k:
     raise UserError(f'optimizer.accumulate_steps={k} does not divide batch_size={c.batch_size}')
-  if c.model.projection in ('avg', 'linear'):  # no batch norm, no groups
-    return
+  from cvt_flax.models.zoo import is_compact  # here: it loads Flax, which a typo need not wait for
+
+  if c.model.projection in ('avg', 'linear') or is_compact(c.model.name):
+    return  # no batch norm, no groups
   if not size:
     raise UserError(
       f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '

@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import architecture, layouts, pretrained
 from cvt_flax.weights.description import same_classes
@@ -18,7 +19,7 @@ _HEAD = 'head'
 
 def initial_variables(
   source: str,
-  model: CvT,
+  model: CvT | CompactViT,
   class_names: tuple[str, ...],
   preprocessing: Preprocessing,
   new_head: bool,

@@ -14,9 +14,10 @@ from flax import traverse_util
 
 from cvt_flax.data import evaluation_sets, sources
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.geometry import multiply_adds, stage_geometry
-from cvt_flax.models.zoo import create_model
+from cvt_flax.models.zoo import create_model, is_compact
 from cvt_flax.training import experiment, hardware, initialize, sharding
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
@@ -37,23 +38,36 @@ from cvt_flax.weights.description import Description
 from cvt_flax.weights.preprocessing import Preprocessing
 
 
-def build_model(config: ModelConfig, num_classes: int) -> CvT:
-  """Returns the configured model; what the config leaves empty is the named model's."""
+def build_model(config: ModelConfig, num_classes: int, image_size: int = 0) -> CvT | CompactViT:
+  """Returns the configured model; what the config leaves empty is the named model's.
+
+  Args:
+    config: of the model.
+    num_classes: length of the logits.
+    image_size: of the images, for a CompactViT; 0 is the named model's.
+  """
   attributes = dataclasses.asdict(config)
   name, dtype = attributes.pop('name'), attributes.pop('dtype')
   given = {k: v for k, v in attributes.items() if v not in ('', (), 0)}
+  if image_size and is_compact(name):
+    given['image_size'] = image_size
   try:
     return create_model(name, num_classes, dtype=jnp.dtype(dtype), **given)
   except ValueError as e:
     raise UserError(f'model: {e}') from e
 
 
-def _check_attention(model: CvT, image_size: int):
+def _check_attention(model: CvT | CompactViT, image_size: int):
   """Refuses to train a model with a stage whose attention sees a single key."""
   for s, stage in enumerate(stage_geometry(model, image_size, image_size)):
     if min(stage.height, stage.width) < 1:
       raise UserError(f'image_size={image_size}: too small, stage {s} of the model has no pixel')
     if stage.keys == 1:
+      if isinstance(model, CompactViT):
+        raise UserError(
+          f'image_size={image_size} leaves the model a single token, so its attention does '
+          'nothing: set a smaller model.patch_size, or larger images'
+        )
       raise UserError(
         f'image_size={image_size} leaves stage {s} of the model a single key, so its attention '
         'does nothing: set model.kv_strides to 1 there, smaller model.patch_strides, or larger '
@@ -120,7 +134,7 @@ class Setup:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
       if evaluation and config.source == self.saved.config.source:
         experiment.check_held_out(folder, config.source, self.dataset)
-    self.model = build_model(config.model, self._num_logits())
+    self.model = build_model(config.model, self._num_logits(), config.image_size)
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
     self.description = Description(self.model, self.dataset.class_names, steps)
 

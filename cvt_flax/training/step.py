@@ -108,7 +108,8 @@ def make_train_step(
   `class_weights[c]`, or 1 for (). What is `frozen` stays byte for byte as it is, in the averages
   too.
   """
-  groups, classes = model.bn_group_size, num_classes(model.num_classes)
+  groups = getattr(model, 'bn_group_size', 0)  # CompactViT has no batch norm
+  classes = num_classes(model.num_classes)
   weights = jnp.array(class_weights or (1.0,) * classes)
 
   def prepare(step, batch):

@@ -1,4 +1,7 @@
-"""Which CvT tensors belong to: read from their shapes or a config, and told to others."""
+"""Which model tensors belong to: read from their shapes or a config, and told to others.
+
+What is of a CompactViT alone is in `cvt_flax.weights.compact`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,16 @@ from collections.abc import Callable, Mapping
 
 from cvt_flax import compat
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.options import StageOptions, resolve
 from cvt_flax.models.zoo import VARIANTS, create_model
+from cvt_flax.weights import compact
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What a CvT computes on, not what it computes, and what depends on the batch.
+# What a model computes on, not what it computes, and what depends on the batch.
 _NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size')
 # Attributes that the files of earlier versions lack.
 _ADDED = {'embed_drop_rates', 'in_channels'}
@@ -34,14 +39,17 @@ _HEAD_DIM = 64
 _PATCHES = {'patch_sizes': (7, 3, 3), 'patch_strides': (4, 2, 2)}
 
 
-def attributes(model: CvT) -> dict:
+Model = CvT | CompactViT
+
+
+def attributes(model: Model) -> dict:
   """Returns the attributes of `model` as JSON values: all but dtype and bn_group_size."""
   values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
   return {k: v for k, v in values.items() if k not in _NOT_KEPT}
 
 
-def from_attributes(values: Mapping, where: str) -> CvT:
-  """Returns the CvT with the attributes that `attributes` returned.
+def from_attributes(values: Mapping, where: str) -> Model:
+  """Returns the model with the attributes that `attributes` returned.
 
   Args:
     values: they, as read from JSON.
@@ -50,21 +58,24 @@ def from_attributes(values: Mapping, where: str) -> CvT:
   Raises:
     UserError: they are damaged or do not fit together.
   """
-  allowed = set(CvT.__dataclass_fields__) - set(_NOT_KEPT)
-  if not isinstance(values, Mapping) or values.keys() | _ADDED != allowed:
-    raise UserError(f'{where}: the attributes of CvT are needed: {", ".join(sorted(allowed))}')
-  return build(values, where)
+  # 'width' is an attribute of one of the two alone.
+  family = CompactViT if isinstance(values, Mapping) and 'width' in values else CvT
+  allowed = set(family.__dataclass_fields__) - set(_NOT_KEPT)
+  if not isinstance(values, Mapping) or values.keys() | (_ADDED & allowed) != allowed:
+    names = ', '.join(sorted(allowed))
+    raise UserError(f'{where}: the attributes of {family.__name__} are needed: {names}')
+  return build(values, where, family)
 
 
-def build(values: Mapping, where: str) -> CvT:
-  """Returns the CvT with attributes that a stranger gave, lists for tuples.
+def build(values: Mapping, where: str, family: type[Model] = CvT) -> Model:
+  """Returns the model with attributes that a stranger gave, lists for tuples.
 
-  CvT itself takes what it is given for what its annotations say.
+  The model itself takes what it is given for what its annotations say.
 
   Raises:
     UserError: one has another type, or they do not fit together.
   """
-  types = typing.get_type_hints(CvT)
+  types = typing.get_type_hints(family)
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
   for name, value in values.items():
     kind, several = types[name], isinstance(value, tuple)
@@ -79,12 +90,12 @@ def build(values: Mapping, where: str) -> CvT:
     if kind in (int, float) and not all(abs(x) <= _LARGEST for x in elements):
       raise UserError(f'{where}: {name}={value!r}: at most {_LARGEST} is taken')
   try:
-    return CvT(**values)
+    return family(**values)
   except ValueError as e:
     raise UserError(f'{where}: {e}') from e
 
 
-def named(name: str, num_classes: int, activation: str = '') -> CvT:
+def named(name: str, num_classes: int, activation: str = '') -> Model:
   """Returns the model of that name, as `create_model`, with a UserError."""
   try:
     return create_model(name, num_classes, **({'activation': activation} if activation else {}))
@@ -92,7 +103,7 @@ def named(name: str, num_classes: int, activation: str = '') -> CvT:
     raise UserError(str(e)) from e
 
 
-def with_activation(model: CvT, activation: str) -> CvT:
+def with_activation(model: Model, activation: str) -> Model:
   """Returns `model` with another activation; '' leaves it."""
   try:
     return model.clone(activation=activation or model.activation)
@@ -111,7 +122,7 @@ def layout_of(names: Shapes, source: str) -> Layout:
       return layout
   known = '; '.join(f'{layout.name} has {layout.marker}' for layout in LAYOUTS.values())
   few = ', '.join(itertools.islice(names, 3))
-  raise UserError(f'{source} holds no CvT that is known ({few}, ...): {known}')
+  raise UserError(f'{source} holds no model that is known ({few}, ...): {known}')
 
 
 def num_classes(layout: Layout, shapes: Shapes) -> int:
@@ -123,16 +134,24 @@ def num_classes(layout: Layout, shapes: Shapes) -> int:
   return 0
 
 
-def read(layout: Layout, shapes: Shapes, source: str) -> CvT:
-  """Returns the CvT whose tensors have these names and shapes, in the official or vit-pytorch's.
+def read(layout: Layout, shapes: Shapes, source: str, heads: int = 0) -> Model:
+  """Returns the model whose tensors have these names and shapes, in any layout but Hugging Face's.
 
-  What leaves no trace in them (strides, heads, activation) is taken from what the authors, or
-  vit-pytorch, have for the same shapes.
+  What leaves no trace in them (strides, heads, activation) is taken from what the layout's code has
+  for the same shapes.
+
+  Args:
+    layout: theirs.
+    shapes: {name: shape}.
+    source: where they are, for messages.
+    heads: of a CompactViT, where the names showed them.
 
   Raises:
     UserError: something cannot be known from the shapes; --model says it.
   """
   help_ = 'give its name, --model=NAME of cvt_flax.convert, or in Python model=CvT(...)'
+  if layout.name in compact.LAYOUTS:
+    return compact.read(layout, shapes, source, heads, help_.replace('CvT', 'CompactViT'))
 
   def shape(name, axes):
     found = shapes.get(name)
@@ -236,6 +255,7 @@ _NEEDS: dict[str, _Needs] = {
   HUGGING_FACE.name: (
     *_COMMON,
     ('projection', "'dw_bn'", lambda o: o.projection == 'dw_bn'),
+    ('activation', "'quick_gelu' or 'gelu'", lambda o: o.activation in ('quick_gelu', 'gelu')),
   ),
   VIT_PYTORCH.name: (
     ('projection', "'dw_bn'", lambda o: o.projection == 'dw_bn'),
@@ -253,12 +273,24 @@ _NEEDS: dict[str, _Needs] = {
 }
 
 
-def check_expressible(layout: Layout, model: CvT) -> None:
+def check_expressible(layout: Layout, model: Model) -> None:
   """Checks that a layout can hold what `model` computes.
 
   Raises:
     UserError: listing the attributes that it has no place for.
   """
+  if isinstance(model, CompactViT):
+    problems = compact.problems(layout, model)
+  elif layout.name in compact.LAYOUTS:
+    problems = ['a CvT (only a CompactViT)']
+  else:
+    problems = _problems(layout, model)
+  if problems:
+    raise UserError(f'the layout {layout.name!r} cannot hold this model: {", ".join(problems)}')
+
+
+def _problems(layout, model):
+  """Returns what of a CvT a layout has no place for, in words."""
   stages = resolve(model)
   problems = [
     f'{name}={getattr(model, name)!r} (only {words})'
@@ -283,15 +315,16 @@ def check_expressible(layout: Layout, model: CvT) -> None:
   ]
   if layout is not OFFICIAL and not model.num_classes:
     problems.append('num_classes=0 (only with a classifier)')
-  if problems:
-    raise UserError(f'the layout {layout.name!r} cannot hold this model: {", ".join(problems)}')
+  return problems
 
 
-def differences(a: CvT, b: CvT) -> dict[str, tuple]:
+def differences(a: Model, b: Model) -> dict[str, tuple]:
   """Returns in what two models compute differently, as {name: (of a, of b)}, lists by stage.
 
-  Not the classes, and nothing that only training sees.
+  Not the classes, and nothing that only training sees. The models are of one class.
   """
+  if isinstance(a, CompactViT):
+    return compact.differences(a, b)
   found = {}
   for name in (f.name for f in dataclasses.fields(StageOptions)):
     values = tuple([getattr(o, name) for o in resolve(model)] for model in (a, b))
@@ -303,10 +336,10 @@ def differences(a: CvT, b: CvT) -> dict[str, tuple]:
   return found
 
 
-def unsaid(layout: Layout, model: CvT) -> list[str]:
+def unsaid(layout: Layout, model: Model) -> list[str]:
   """Returns what of `model` its tensors in `layout` do not show, in words.
 
-  A file of tensors alone is read with what the authors, or vit-pytorch, have for such shapes.
+  A file of tensors alone is read with what the layout's code has for such shapes.
   """
   shapes = {name: tensor.shape for name, tensor in layout.tensors(model).items()}
   try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from cvt_flax.errors import UserError, nearest
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import architecture, parity, pretrained
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, Layout
@@ -18,7 +19,7 @@ def convert_weights(
   source: str | pathlib.Path,
   destination: str | pathlib.Path,
   to: str = '',
-  model: str | CvT = '',
+  model: str | CvT | CompactViT = '',
   activation: str = '',
   check: bool = False,
   progress: Progress | None = None,
@@ -27,10 +28,11 @@ def convert_weights(
 
   Args:
     source: as for `load_pretrained`.
-    destination: a new folder ('flax', 'huggingface') or .pth file ('official', 'vit-pytorch').
-    to: 'flax', 'official', 'huggingface' or 'vit-pytorch'; '' is 'official' for a destination whose
-      name ends with .pth, else 'flax'.
-    model: a name of `list_models()`, or a CvT, where the weights do not say it themselves.
+    destination: a new folder ('flax', 'huggingface') or .pth file (any other).
+    to: 'flax', 'official', 'huggingface', 'vit-pytorch', or for a CompactViT 'vit-from-scratch' or
+      'compact-transformers'; '' is 'official' for a destination whose name ends with .pth, else
+      'flax'.
+    model: a name of `list_models()`, or a model, where the weights do not say it themselves.
     activation: 'quick_gelu' or 'gelu' in place of the model's own.
     check: whether to compare logits and stage maps with PyTorch on random images, before anything
       is written.

@@ -8,6 +8,7 @@ import importlib.resources
 from collections.abc import Mapping
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.ops.logits import num_classes
 from cvt_flax.weights import architecture, preprocessing
@@ -28,7 +29,7 @@ class Description:
     preprocessing: what images go through before it.
   """
 
-  model: CvT
+  model: CvT | CompactViT
   class_names: tuple[str, ...]
   preprocessing: Preprocessing
 
@@ -77,7 +78,9 @@ def from_json(
   )
 
 
-def described(model: CvT, config: Mapping, where: str, steps: Preprocessing) -> Description:
+def described(
+  model: CvT | CompactViT, config: Mapping, where: str, steps: Preprocessing
+) -> Description:
   """Returns the description of a model with the class names of its config.json.
 
   Raises:

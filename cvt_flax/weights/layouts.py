@@ -1,4 +1,4 @@
-"""Names and shapes of a CvT's tensors in PyTorch: one table for each code base.
+"""Names and shapes of a model's tensors in PyTorch: one table for each code base.
 
 A table says what a module of ours is called elsewhere. It is read in both directions: the tensors
 of a model are listed with their foreign names and shapes, so that what is missing, left over or of
@@ -18,6 +18,8 @@ import numpy as np
 from flax import traverse_util
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT, sine_embedding
+from cvt_flax.models.compact_options import resolve_compact
 from cvt_flax.models.cvt import CvT
 
 Path = tuple[str, ...]  # such as ('params', 'stage0', 'patch_embed', 'proj', 'kernel')
@@ -38,17 +40,19 @@ class Tensor:
     name: in the foreign state dict.
     shape: there.
     leaves: paths of ours with their shapes; several follow each other along the first axis. A
-      counter holds none.
+      counter, and what is no parameter here, hold none.
+    constant: what it holds then.
   """
 
   name: str
   shape: tuple[int, ...]
   leaves: Mapping[Path, tuple[int, ...]]
+  constant: np.ndarray | None = None
 
   def pack(self, leaves: Mapping[Path, np.ndarray]) -> np.ndarray:
-    """Returns the foreign tensor, given all leaves of ours; a counter is 0."""
+    """Returns the foreign tensor, given all leaves of ours."""
     if not self.leaves:
-      return np.zeros(self.shape, np.int64)
+      return self.constant
     parts = [_transpose(np.asarray(leaves[path])) for path in self.leaves]
     # A copy only where there are several: a writer wants them contiguous one at a time.
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(self.shape)
@@ -78,6 +82,16 @@ def _pytorch_leaf(module: str, leaf: str, shape: tuple[int, ...]) -> tuple[str, 
   return _LEAVES.get(leaf, leaf), shape
 
 
+def _renamed(**names: str):
+  """Returns `_pytorch_leaf` with other names for some leaves."""
+
+  def leaf(module, leaf, shape):
+    name, shape = _pytorch_leaf(module, leaf, shape)
+    return names.get(name, name), shape
+
+  return leaf
+
+
 def _vit_pytorch_leaf(module, leaf, shape):
   """As `_pytorch_leaf`; all layers work on maps, and so norms and linear layers have their axes."""
   if module.rpartition('/')[2].startswith('norm'):
@@ -89,11 +103,12 @@ def _vit_pytorch_leaf(module, leaf, shape):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-  """What a code base calls the tensors of a CvT.
+  """What a code base calls the tensors of a CvT, or of a CompactViT.
 
   Attributes:
     name: of the layout.
-    modules: {our module: theirs}, with {s} for a stage, {j} for a block, {p} for a projection.
+    modules: {our module: theirs}, with {s} for a stage, {j} for a block, {p} for a projection, {i}
+      for a convolution of a tokenizer; '' is the model itself.
     projections: {our letters of a projection: theirs}.
     marker: a tensor's name by which the layout is known.
     activation: that its code computes.
@@ -107,19 +122,23 @@ class Layout:
   activation: str
   leaf: Callable[[str, str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = _pytorch_leaf
 
-  def expand(self, depths: tuple[int, ...]) -> dict[str, str]:
-    """Returns {our module: theirs} of a model with so many blocks a stage, in their order."""
+  def expand(self, model: CvT | CompactViT) -> dict[str, str]:
+    """Returns {our module: theirs} of all modules of `model`, in their order."""
+    compact = isinstance(model, CompactViT)
+    depths = (model.depth,) if compact else model.depths
+    convolutions = model.conv_layers if compact else 0
     names = {}
     for ours, theirs in self.modules.items():
-      for s in range(len(depths)) if '{s}' in ours else ('',):
+      for s in range(len(depths)) if '{s}' in ours else (0,):
         for j in range(depths[s]) if '{j}' in ours else ('',):
-          for p, q in self.projections.items() if '{p}' in ours else (('', ''),):
-            names[ours.format(s=s, j=j, p=p)] = theirs.format(s=s, j=j, p=q)
+          for i in range(convolutions) if '{i}' in ours else ('',):
+            for p, q in self.projections.items() if '{p}' in ours else (('', ''),):
+              names[ours.format(s=s, j=j, i=i, p=p)] = theirs.format(s=s, j=j, i=i, p=q)
     return names
 
-  def tensors(self, model: CvT) -> dict[str, Tensor]:
+  def tensors(self, model: CvT | CompactViT) -> dict[str, Tensor]:
     """Returns {name: Tensor} of all that the layout holds of `model`."""
-    modules = self.expand(model.depths)
+    modules = self.expand(model)
     found: dict[str, dict] = {}
     for path, shape in leaf_shapes(model).items():
       *module, leaf = path[1:]
@@ -134,10 +153,14 @@ class Layout:
       tensors[name] = Tensor(name, (first * len(held['leaves']), *rest), held['leaves'])
       if name.endswith('.running_var'):
         counter = f'{name.rpartition(".")[0]}.{_COUNTER}'
-        tensors[counter] = Tensor(counter, (), {})
+        tensors[counter] = Tensor(counter, (), {}, np.zeros((), np.int64))
+    if isinstance(model, CompactViT) and model.position == 'sine':
+      table = _sine_table(model)
+      name = f'{modules[""]}.{self.leaf("", "pos_embed", table.shape)[0]}'
+      tensors[name] = Tensor(name, table.shape, {}, table)
     return tensors
 
-  def pack(self, model: CvT, variables: Mapping) -> dict[str, np.ndarray]:
+  def pack(self, model: CvT | CompactViT, variables: Mapping) -> dict[str, np.ndarray]:
     """Returns the state dict of the layout that holds the variables of `model`, in their dtype.
 
     Args:
@@ -149,7 +172,7 @@ class Layout:
 
   def unpack(
     self,
-    model: CvT,
+    model: CvT | CompactViT,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     source: str,
@@ -250,25 +273,83 @@ VIT_PYTORCH = Layout(
   leaf=_vit_pytorch_leaf,
 )
 
-LAYOUTS = {layout.name: layout for layout in (OFFICIAL, HUGGING_FACE, VIT_PYTORCH)}
+# vit.py of github.com/tintn/vision-transformer-from-scratch with use_faster_attention, and of
+# github.com/francischen0724, whose sequence pooling stands in place of the class token. Heads with
+# projections of their own are merged before: see cvt_flax.weights.compact.
+_ENCODER = 'encoder.blocks.{j}'
+VIT_FROM_SCRATCH = Layout(
+  'vit-from-scratch',
+  {
+    '': 'embedding',
+    'patch_embed/proj': 'embedding.patch_embeddings.projection',
+    'blocks_{j}/norm1': f'{_ENCODER}.layernorm_1',
+    'blocks_{j}/attn/qkv': f'{_ENCODER}.attention.qkv_projection',
+    'blocks_{j}/attn/proj': f'{_ENCODER}.attention.output_projection',
+    'blocks_{j}/norm2': f'{_ENCODER}.layernorm_2',
+    'blocks_{j}/mlp/fc1': f'{_ENCODER}.mlp.dense_1',
+    'blocks_{j}/mlp/fc2': f'{_ENCODER}.mlp.dense_2',
+    'seq_pool/score': 'pooling.attention_pool',
+    'head': 'classifier',
+  },
+  {},
+  marker='embedding.patch_embeddings.projection.weight',
+  activation='gelu_tanh',
+  leaf=_renamed(pos_embed='position_embeddings'),
+)
+
+# src/ of github.com/SHI-Labs/Compact-Transformers: CCT, and ViT-Lite and CVT, which have patches.
+_SHI = 'classifier.blocks.{j}'
+COMPACT_TRANSFORMERS = Layout(
+  'compact-transformers',
+  {
+    '': 'classifier',
+    'patch_embed/proj': 'tokenizer.conv_layers.0.0',
+    'tokenizer/conv_{i}': 'tokenizer.conv_layers.{i}.0',
+    'blocks_{j}/norm1': f'{_SHI}.pre_norm',
+    'blocks_{j}/attn/qkv': f'{_SHI}.self_attn.qkv',
+    'blocks_{j}/attn/proj': f'{_SHI}.self_attn.proj',
+    'blocks_{j}/norm2': f'{_SHI}.norm1',
+    'blocks_{j}/mlp/fc1': f'{_SHI}.linear1',
+    'blocks_{j}/mlp/fc2': f'{_SHI}.linear2',
+    'norm': 'classifier.norm',
+    'seq_pool/score': 'classifier.attention_pool',
+    'head': 'classifier.fc',
+  },
+  {},
+  marker='classifier.blocks.0.pre_norm.weight',
+  activation='gelu',
+  leaf=_renamed(cls_token='class_emb', pos_embed='positional_emb'),
+)
+
+LAYOUTS = {
+  layout.name: layout
+  for layout in (OFFICIAL, HUGGING_FACE, VIT_PYTORCH, VIT_FROM_SCRATCH, COMPACT_TRANSFORMERS)
+}
 
 
-def leaf_shapes(model: CvT) -> dict[Path, tuple[int, ...]]:
+def _sine_table(model):
+  """Returns the position embedding of sines [1 n c], which PyTorch keeps among the parameters."""
+  height, width = resolve_compact(model).map_size(model.image_size, model.image_size)
+  return sine_embedding(height * width + (model.pool == 'cls'), model.width)[None]
+
+
+def leaf_shapes(model: CvT | CompactViT) -> dict[Path, tuple[int, ...]]:
   """Returns {path: shape} of all parameters and statistics of `model`."""
-  size = 8 * math.prod(model.patch_strides)
-  images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
+  compact = isinstance(model, CompactViT)
+  size = model.image_size if compact else 8 * math.prod(model.patch_strides)
+  channels = 3 if compact else model.in_channels
+  images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of maps of one key, which is for whoever uses the model
     tree = jax.eval_shape(model.init, jax.random.key(0), images)
   return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 
-def check_size(source: str, model: CvT, tensors: int) -> None:
+def check_size(source: str, model: CvT | CompactViT, tensors: int) -> None:
   """Raises a UserError when there are fewer tensors than blocks, before a tree of them is made."""
-  if sum(model.depths) > tensors:
-    raise UserError(
-      f'{source}: the model has {sum(model.depths)} blocks, and there are {tensors} tensors'
-    )
+  blocks = model.depth if isinstance(model, CompactViT) else sum(model.depths)
+  if blocks > tensors:
+    raise UserError(f'{source}: the model has {blocks} blocks, and there are {tensors} tensors')
 
 
 def check(

@@ -12,6 +12,7 @@ from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.options import resolve
 from cvt_flax.weights import architecture, huggingface_config
+from cvt_flax.weights.compact import LAYOUTS as COMPACT_LAYOUTS
 from cvt_flax.weights.files import import_torch
 from cvt_flax.weights.layouts import HUGGING_FACE, OFFICIAL, VIT_PYTORCH, Layout
 
@@ -78,6 +79,8 @@ def activation_difference(model: CvT, variables: dict, images: np.ndarray) -> fl
 def torch_model(model: CvT, variables: Mapping, layout: Layout):
   """Returns the torch.nn.Module of `layout` with these variables, in evaluation mode."""
   torch = import_torch('to compare with PyTorch')
+  if layout.name in COMPACT_LAYOUTS:
+    raise UserError(f'{layout.name} is in no package: there is nothing to compare with')
   if layout is OFFICIAL:
     architecture.check_expressible(HUGGING_FACE, model)
     layout = HUGGING_FACE

@@ -13,9 +13,11 @@ import numpy as np
 from flax import traverse_util
 
 from cvt_flax.errors import UserError, nearest
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import (
   architecture,
+  compact,
   description,
   files,
   huggingface_config,
@@ -31,7 +33,7 @@ from cvt_flax.weights.preprocessing import Preprocessing
 FLAX, RUN = 'flax', 'run'
 
 # Layouts that are written as .pth files; the others are folders.
-IN_PTH = (OFFICIAL.name, VIT_PYTORCH.name)
+IN_PTH = (OFFICIAL.name, VIT_PYTORCH.name, *compact.LAYOUTS)
 
 _CONFIG, _PREPROCESSOR = 'config.json', 'preprocessor_config.json'
 _SAFETENSORS, _BIN = 'model.safetensors', 'pytorch_model.bin'
@@ -52,7 +54,7 @@ class Weights:
   Attributes:
     description: architecture, class names, preprocessing.
     variables: {'params', 'batch_stats'} of numpy float32 arrays.
-    kind: what they were kept in: 'official', 'huggingface', 'vit-pytorch', 'flax' or 'run'.
+    kind: what they were kept in: the name of a layout, 'flax' or 'run'.
     source: where they came from, in words.
     notes: what a person should know of how they were read.
   """
@@ -64,7 +66,7 @@ class Weights:
   notes: tuple[str, ...] = ()
 
   @property
-  def model(self) -> CvT:
+  def model(self) -> CvT | CompactViT:
     return self.description.model
 
   @property
@@ -75,17 +77,17 @@ class Weights:
 
 def load(
   source: str | pathlib.Path,
-  model: str | CvT = '',
+  model: str | CvT | CompactViT = '',
   activation: str = '',
   progress: Progress | None = None,
 ) -> Weights:
   """Reads weights from anything that holds them.
 
   Args:
-    source: a .pth or .safetensors file of the authors' code or of vit-pytorch, a folder of Hugging
-      Face or of `save_pretrained`, 'hf:NAME' (through huggingface_hub), or a run folder: its best
-      checkpoint.
-    model: a name of `list_models()`, or a CvT, in place of what the weights say themselves.
+    source: a .pth or .safetensors file of the authors' code, of vit-pytorch, of SHI-Labs' compact
+      transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
+      'hf:NAME' (through huggingface_hub), or a run folder: its best checkpoint.
+    model: a name of `list_models()`, or a model, in place of what the weights say themselves.
     activation: 'quick_gelu' or 'gelu' in place of the model's own.
     progress: called as progress(done, total) in parameters.
 
@@ -107,12 +109,12 @@ def load(
     path = path.parent
   if path.is_dir():
     return _load_folder(path, source, model, activation, progress)
-  file = files.open_tensors(path)
+  file, heads = compact.merge_heads(files.open_tensors(path))
   layout = architecture.layout_of(file.shapes, source)
   if layout is HUGGING_FACE:
     raise UserError(f'{path} is of Hugging Face, and {_CONFIG} has to stand beside it')
   found = _override(
-    lambda: architecture.read(layout, file.shapes, source),
+    lambda: architecture.read(layout, file.shapes, source, heads),
     model,
     architecture.num_classes(layout, file.shapes),
   )
@@ -121,27 +123,33 @@ def load(
   if found.num_classes == 1000:
     names = tuple(description.imagenet_classes().values())
     notes.append('1000 classes and no names: they are taken for those of ImageNet-1k')
-  steps = preprocessing.from_file_name(path)
-  if steps is None:
-    steps = Preprocessing()
-    notes.append('no image size in the name of the file: 224x224 is taken')
+  if isinstance(found, CompactViT):
+    if heads and found.heads != heads:
+      raise UserError(f'{source} has {heads} heads, the model {found.heads}')
+    steps, note = compact.preprocessing_of(layout, found)
+    notes.append(note)
+  else:
+    steps = preprocessing.from_file_name(path)
+    if steps is None:
+      steps = Preprocessing()
+      notes.append('no image size in the name of the file: 224x224 is taken')
   found = architecture.with_activation(found, activation)
   return _read(file, layout, Description(found, names, steps), layout.name, source, notes, progress)
 
 
 def load_pretrained(
-  source: str | pathlib.Path, model: str | CvT = '', activation: str = ''
-) -> tuple[CvT, dict]:
+  source: str | pathlib.Path, model: str | CvT | CompactViT = '', activation: str = ''
+) -> tuple[CvT | CompactViT, dict]:
   """Returns a model and its variables {'params', 'batch_stats'}, jax float32 arrays.
 
       model, variables = load_pretrained('CvT-13-224x224-IN-1k.pth')
       logits = model.apply(variables, images)
 
   Args:
-    source: a .pth or .safetensors file of the authors' code or of vit-pytorch, a folder of Hugging
-      Face or of `save_pretrained`, 'hf:NAME' (downloaded by huggingface_hub), or a run folder: its
-      best checkpoint.
-    model: a name of `list_models()`, or a CvT, where the weights do not say it themselves.
+    source: a .pth or .safetensors file of the authors' code, of vit-pytorch, of SHI-Labs' compact
+      transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
+      'hf:NAME' (downloaded by huggingface_hub), or a run folder: its best checkpoint.
+    model: a name of `list_models()`, or a model, where the weights do not say it themselves.
     activation: 'quick_gelu' or 'gelu' in place of the model's own. Hugging Face computes 'gelu'.
 
   Raises:
@@ -156,7 +164,7 @@ def load_pretrained(
 
 def save_pretrained(
   folder: str | pathlib.Path,
-  model: CvT,
+  model: CvT | CompactViT,
   variables: Mapping,
   class_names: tuple[str, ...] = (),
   preprocessing: Preprocessing | None = None,
@@ -168,17 +176,21 @@ def save_pretrained(
     model: the network.
     variables: {'params', 'batch_stats'}.
     class_names: what the logits stand for; () where that is not known.
-    preprocessing: what images go through before; None for the authors' at 224.
+    preprocessing: what images go through before; None for the authors' at 224, or at the size of a
+      CompactViT.
 
   Raises:
     UserError: the folder exists, or the variables are not those of the model.
   """
-  known = Description(model, tuple(class_names), preprocessing or Preprocessing())
+  if preprocessing is None:
+    compact_size = isinstance(model, CompactViT) and model.image_size
+    preprocessing = Preprocessing(compact_size or Preprocessing.image_size)
+  known = Description(model, tuple(class_names), preprocessing)
   write(Weights(known, dict(variables), FLAX, 'the tree of variables'), pathlib.Path(folder), FLAX)
 
 
 def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
-  """Writes weights to a new file ('official', 'vit-pytorch') or folder ('flax', 'huggingface').
+  """Writes weights to a new folder ('flax', 'huggingface') or file (any other layout).
 
   Raises:
     UserError: there is something at `path`; the layout cannot hold the model; the variables are not

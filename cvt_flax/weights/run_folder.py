@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import layouts
 
@@ -74,7 +75,9 @@ def restore(manager: ocp.CheckpointManager, step: int, items: dict) -> dict:
     raise UserError(f'the checkpoint {manager.directory / str(step)} cannot be read: {text}') from e
 
 
-def restore_best(folder: pathlib.Path, model: CvT, source: str) -> tuple[dict, int, bool]:
+def restore_best(
+  folder: pathlib.Path, model: CvT | CompactViT, source: str
+) -> tuple[dict, int, bool]:
   """Reads the best checkpoint of a run, the averages where the run keeps them.
 
   Args:

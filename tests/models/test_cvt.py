@@ -27,6 +27,7 @@ TINY = dict(
 CONFIGS = {
   'official': TINY | dict(depths=(1, 2)),
   'mean': TINY | dict(cls_token=(), pool='mean'),
+  'seq': TINY | dict(cls_token=(), pool='seq'),
   'cls ignored': TINY
   | dict(cls_token=(True, True), pool='mean', final_norm=False, out_bias=False, mlp_bias=False),
   'avg': TINY | dict(projection='avg'),
@@ -106,7 +107,7 @@ def test_stage_maps(name):
   assert [stage_map.shape for stage_map in maps] == [(4, *first, 8), (4, 5, 4, 12)]
 
 
-@pytest.mark.parametrize('name', ['mean', 'vit-pytorch'])
+@pytest.mark.parametrize('name', ['mean', 'seq', 'vit-pytorch'])
 def test_the_classifier_reads_the_last_map(name):
   logits, maps, _ = evaluated(name)
   params = variables(name)['params']
@@ -114,7 +115,14 @@ def test_the_classifier_reads_the_last_map(name):
   if CONFIGS[name].get('final_norm', True):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     x = x * params['norm']['scale'] + params['norm']['bias']
-  expected = x.mean((1, 2)) @ params['head']['kernel'] + params['head']['bias']
+  weights = np.full(x.shape[:3], 1 / np.prod(x.shape[1:3]))
+  if name == 'seq':
+    score = params['seq_pool']['score']
+    weights = np.exp(x @ score['kernel'][:, 0] + score['bias'])
+    weights /= weights.sum((1, 2), keepdims=True)
+    assert weights.max() > 1.2 * weights.min()
+  pooled = np.einsum('bhw,bhwc->bc', weights, x)
+  expected = pooled @ params['head']['kernel'] + params['head']['bias']
   assert_close(logits, expected)
 
 
@@ -129,7 +137,8 @@ def without_gradient(model):
   """Names of the parameters that cannot change the logits in training.
 
   A constant added to all keys of a query leaves the softmax as it is: the bias of k always, and
-  that of its batch norm where no class token goes round it. What only the last map's queries pass
+  that of its batch norm where no class token goes round it; so does one added to all scores of a
+  sequence pooling. What only the last map's queries pass
   does not reach a classifier that reads the class token; a class token that nothing reads reaches
   it through the attention, but not from the last block's queries.
   """
@@ -142,6 +151,8 @@ def without_gradient(model):
         names.add(f'{attention}.proj_k.bias')
       if o.projection == 'dw_bn' and not o.cls_token and not o.shared_kv:
         names.add(f'{attention}.conv_proj_k.bn.bias')
+  if model.pool == 'seq':
+    names.add('seq_pool.score.bias')
   if model.pool == 'cls' and stages[-1].projection == 'dw_bn':
     q = f'stage{len(stages) - 1}.blocks.{stages[-1].depth - 1}.attn.conv_proj_q'
     names |= {f'{q}.conv.weight', f'{q}.bn.weight', f'{q}.bn.bias'}

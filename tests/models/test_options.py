@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cvt_flax import CvT, create_model, list_models
+from cvt_flax import CvT, create_model
 from cvt_flax.models.cvt import ConvProjection
 from cvt_flax.models.options import resolve
+from cvt_flax.models.zoo import VARIANTS
 
 PER_STAGE = {
   'depths': 1,
@@ -52,7 +53,7 @@ REFUSED = [
   (dict(projection='conv'), r"projection='conv': one of dw_bn, avg, linear"),
   (dict(activation='quickgelu'), r"activation='quickgelu': .*did you mean 'quick_gelu'\?"),
   (dict(attention_scale='dim'), r"attention_scale='dim': one of embed_dim, head_dim"),
-  (dict(pool='max'), r"pool='max': one of cls, mean"),
+  (dict(pool='max'), r"pool='max': one of cls, seq, mean"),
   (dict(cls_token=()), r"pool='cls' reads the last stage's class token, .*pool='mean'"),
   (dict(cls_token=(True, True, False)), r"pool='cls' reads the last stage's class token"),
   (dict(num_classes=-1), r'num_classes=-1: at least 0'),
@@ -85,7 +86,7 @@ def test_other_lengths(name, length):
     CvT(**{name: values})
 
 
-@pytest.mark.parametrize('name', list_models())
+@pytest.mark.parametrize('name', VARIANTS)
 def test_every_variant_refuses_heads_that_do_not_divide(name):
   with pytest.raises(ValueError, match='num_heads'):
     create_model(name, num_heads=(7, 7, 7))

@@ -10,6 +10,7 @@ import pytest
 
 from cvt_flax import create_model, list_models
 from cvt_flax.models.geometry import multiply_adds, stage_geometry
+from cvt_flax.models.zoo import COMPACT_VARIANTS, VARIANTS
 
 # Trainable parameters with 1000 classes, those of each stage, and the batch norms' statistics.
 # The official three follow from the definitions of the authors' model and agree with their
@@ -33,6 +34,16 @@ OTHER_HEADS = {
   ('cvt-21', 37): 31_251_941,
   ('cvt-13', 102): 19_651_750,
   ('cvt-21', 102): 31_276_966,
+}
+
+# Parameters of a CompactViT with 10 and with 100 classes. Those of cct are counted in SHI-Labs'
+# PyTorch modules cct_2_3x2_32 and cct_7_3x1_32; those of c-ViT and mc-ViT in vit.py of the two
+# repositories that have them.
+COMPACT_COUNTS = {
+  'cvit': (119_098, 123_508),
+  'mcvit': (119_051, 123_461),
+  'cct-2/3x2': (283_723, 295_333),
+  'cct-7/3x1': (3_760_139, 3_783_269),
 }
 
 # Multiply-adds of one image, in units of 1e9: counted from the definitions, and as published. At
@@ -63,10 +74,16 @@ def size(tree):
 
 
 def test_every_variant_has_its_count():
-  assert list(COUNTS) == list_models(), 'a new variant needs its counts in COUNTS'
+  assert [*COUNTS, *COMPACT_COUNTS] == list_models(), 'a new variant needs its counts'
+  assert list(COMPACT_COUNTS) == list(COMPACT_VARIANTS)
 
 
-@pytest.mark.parametrize('name', list_models())
+@pytest.mark.parametrize('name', COMPACT_COUNTS)
+def test_counts_of_compact_models(name):
+  assert tuple(size(shapes(name, classes)) for classes in (10, 100)) == COMPACT_COUNTS[name]
+
+
+@pytest.mark.parametrize('name', VARIANTS)
 def test_counts(name):
   total, stages, statistics = COUNTS[name]
   params = shapes(name)['params']
@@ -135,7 +152,7 @@ def pytorch_size(n, kernel, stride, padding):
   return math.floor((n + 2 * padding - (kernel - 1) - 1) / stride + 1)
 
 
-@pytest.mark.parametrize('name', list_models())
+@pytest.mark.parametrize('name', VARIANTS)
 def test_shapes(name):
   model = create_model(name, num_classes=7, depths=(1, 1, 1))  # depths do not change them
   images = jnp.zeros((2, *ODD, 3))
@@ -176,6 +193,10 @@ def test_attributes_replace_the_variants():
     ('resnet', {}, r"model 'resnet': one of "),
     ('cvt-13', {'depth': (1, 1, 1)}, r"no attribute 'depth', did you mean 'depths'\?"),
     ('cvt-13', {'parent': None}, "no attribute 'parent'"),
+    ('cvt-13', {'width': 48}, "cvt-13: CvT has no attribute 'width'"),
+    ('mcvit', {'depths': (1,)}, r"mcvit: CompactViT has no .* 'depths', did you mean 'depth'\?"),
+    ('mcvit', {'num_heads': 4}, r"no attribute 'num_heads', did you mean 'heads'\?"),
+    ('cct-7-3x1', {}, r"did you mean 'cct-7/3x1'\?"),
   ],
 )
 def test_unknown_names(name, attributes, message):

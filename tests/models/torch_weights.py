@@ -27,10 +27,8 @@ quick_jit = functools.partial(
 _LEAVES = {
   'kernel': 'weight',
   'scale': 'weight',
-  'bias': 'bias',
   'mean': 'running_mean',
   'var': 'running_var',
-  'cls_token': 'cls_token',
 }
 # Linear [in, out] -> [out, in]; convolution [h, w, in, out] -> [out, in, h, w].
 _TRANSPOSED = {2: (1, 0), 4: (3, 2, 0, 1)}
@@ -89,7 +87,7 @@ def official_name(path):
   """Returns the official name of the leaf at `path`, which starts with its collection."""
   *modules, leaf = path[1:]
   modules = [re.sub(r'^blocks_(\d+)$', r'blocks.\1', module) for module in modules]
-  return '.'.join([*modules, _LEAVES[leaf]])
+  return '.'.join([*modules, _LEAVES.get(leaf, leaf)])
 
 
 def official_shapes(model):

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 import cvt_flax
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.training.config import (
   differences,
@@ -258,10 +259,27 @@ def test_every_model_key_reaches_the_model():
   for name, value in changes.items():
     assert getattr(changed, name) == value
     assert getattr(CvT(), name) != value
+  compact = {
+    'width': 12,
+    'depth': 2,
+    'heads': 3,
+    'mlp_ratio': 1.5,
+    'patch_size': 3,
+    'conv_layers': 1,
+    'position': 'sine',
+    'drop_rate': 0.1,
+    'attn_drop_rate': 0.2,
+    'drop_path_rate': 0.3,
+  }
+  config = config_with({'model.name': 'mcvit'} | {f'model.{k}': v for k, v in compact.items()})
+  model = build_model(freeze(config).model, 5, image_size=24)
+  assert {name: getattr(model, name) for name in compact} == compact
+  assert not compact.items() & vars(CompactViT()).items()
+  assert (model.pool, model.image_size, model.num_classes) == ('seq', 24, 5)
   config = config_with({'model.dtype': 'bfloat16', 'model.bn_group_size': 32})
   model = build_model(freeze(config).model, 5)
   assert (model.dtype, model.bn_group_size, model.num_classes) == ('bfloat16', 32, 5)
-  tested = {*changes, 'name', 'dtype', 'bn_group_size'}
+  tested = {*changes, *compact, 'name', 'dtype', 'bn_group_size'}
   assert {f'model.{name}' for name in tested} == {k for k in KEYS if k.startswith('model.')}
 
 
@@ -270,6 +288,15 @@ def test_model_keys_that_do_not_fit_are_the_users_error():
     build_model(freeze(config_with({'model.name': 'cvt13'})).model, 5)
   with pytest.raises(UserError, match='model: .*num_heads'):
     build_model(freeze(config_with({'model.num_heads': (3, 3, 3)})).model, 5)
+  for name, key, value, nearest in (
+    ('mcvit', 'num_heads', (3,), 'heads'),
+    ('mcvit', 'drop_path_rates', (0.1,), 'drop_path_rate'),
+    ('cvt-13', 'depth', 3, 'depths'),
+  ):
+    changes = {'model.name': name, f'model.{key}': value}
+    message = f"model: {name}: .* no attribute '{key}', did you mean '{nearest}'"
+    with pytest.raises(UserError, match=message):
+      build_model(freeze(config_with(changes)).model, 5)
 
 
 # The configs that come along.
@@ -527,6 +554,10 @@ def test_accumulation_without_groups_is_refused_with_a_remedy(batch_size, accumu
     assert remedy is None and f'batch_size={batch_size}' in message
   else:
     freeze(config_with(changes | {'model.bn_group_size': int(remedy[1])}))
+
+
+def test_accumulation_without_batch_norm_needs_no_groups():
+  freeze(config_with({'model.name': 'mcvit', 'optimizer.accumulate_steps': 4}))
 
 
 # What becomes of a config.

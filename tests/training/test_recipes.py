@@ -12,6 +12,7 @@ from PIL import Image
 
 from cvt_flax import save_pretrained
 from cvt_flax.data import array_source, stream
+from cvt_flax.models.zoo import is_compact
 from cvt_flax.training import loop
 from cvt_flax.training.config import freeze
 from cvt_flax.training.engines import Streaming
@@ -157,6 +158,10 @@ SMALL = {
 }
 
 
+# The same of a CompactViT.
+SMALL_COMPACT = {'width': 8, 'depth': 1, 'heads': 2}
+
+
 @pytest.mark.parametrize(('name', 'variant'), SHIPPED)
 def test_every_config_trains_a_step(name, variant, tmp_path):
   """The whole recipe of every config, for a small network, on stand-in images."""
@@ -167,8 +172,11 @@ def test_every_config_trains_a_step(name, variant, tmp_path):
   config.eval.holdout, config.eval.every_epochs = 0.0, 1
   config.init_from = ''
   config.image_size = 24
-  config.batch_size, config.model.bn_group_size = 8, 4
-  config.model.update(SMALL)
+  config.batch_size = 8
+  if is_compact(config.model.name):
+    config.model.update(SMALL_COMPACT)
+  else:
+    config.model.update(SMALL | {'bn_group_size': 4})
   if config.optimizer.freeze:  # what is frozen has to come from somewhere
     config.init_from = str(tmp_path / 'weights')
     model = build_model(freeze(config).model, 3)

@@ -8,11 +8,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from cvt_flax import predict_images
 from cvt_flax.errors import Diverged, UserError
 from cvt_flax.training import experiment, loop, setup
+from cvt_flax.training.config import get_config
 from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import read_metrics
+from cvt_flax.weights import pretrained
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -339,3 +343,51 @@ def test_imagenet_takes_a_real_step_on_stand_in_arrays(tmp_path):
   np.testing.assert_allclose(
     rates, [0.002 * 8 / 2048 * 0.5 * (1 + np.cos(np.pi * 5 / 6))], rtol=1e-5
   )
+
+
+def test_a_compact_model_goes_all_the_way(config, tmp_path, capsys):
+  """Trained, resumed, scored, read from its folder, and what a second run starts from."""
+  config.model = get_config().model
+  config.model.update({'name': 'mcvit', 'width': 16, 'depth': 1, 'attn_drop_rate': 0.1})
+  config.epochs = 2
+  loop.run(config, tmp_path / 'run')
+  assert 'model mcvit: ' in capsys.readouterr().out
+  config.epochs = 3
+  result = loop.run(config, tmp_path / 'run')
+  assert result['val/top1'] > 0.8
+  assert loop.run(config, tmp_path / 'run', mode='eval') == result
+  model = pretrained.load(tmp_path / 'run').model
+  assert (model.image_size, model.width, model.pool) == (8, 16, 'seq')
+
+  Image.new('RGB', (8, 8)).save(tmp_path / 'dark.png')
+  (prediction,) = predict_images(tmp_path / 'run', tmp_path / 'dark.png', top=1)
+  assert prediction.classes == (0,)
+  with pytest.raises(UserError, match='images of 12x12: .* learnt for image_size=8'):
+    next(predict_images(tmp_path / 'run', tmp_path / 'dark.png', image_size=12))
+
+  config.init_from, config.epochs = str(tmp_path / 'run'), 1
+  config.optimizer.warmup_epochs = 0
+  loop.run(config, tmp_path / 'second')
+  assert '19 of 19 tensors' in capsys.readouterr().out
+  config.model.name = 'cvit'
+  with pytest.raises(UserError, match='missing: params/cls_token'):
+    loop.run(config, tmp_path / 'third')
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model.patch_size': 3}, 'model: images of 8x8: patch_size=3 does not divide them'),
+    ({'model.patch_size': 8}, 'leaves the model a single token'),
+    ({'model.bn_group_size': 4}, "mcvit: CompactViT has no attribute 'bn_group_size'"),
+    ({'model.depths': (1,)}, "mcvit: CompactViT .* did you mean 'depth'"),
+  ],
+)
+def test_wrong_input_of_a_compact_model(config, tmp_path, change, message):
+  config.model = get_config().model
+  config.model.name = 'mcvit'
+  for name, value in change.items():
+    config.model[name.removeprefix('model.')] = value
+  with pytest.raises(UserError, match=message):
+    loop.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

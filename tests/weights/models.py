@@ -4,8 +4,14 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cvt_flax import CvT
-from cvt_flax.weights.layouts import HUGGING_FACE, OFFICIAL, VIT_PYTORCH
+from cvt_flax import CompactViT, CvT, create_model
+from cvt_flax.weights.layouts import (
+  COMPACT_TRANSFORMERS,
+  HUGGING_FACE,
+  OFFICIAL,
+  VIT_FROM_SCRATCH,
+  VIT_PYTORCH,
+)
 from tests.models.torch_weights import drawn_variables
 
 # Heads of 64 channels and the official kernels, so that all can be read from the tensors.
@@ -35,7 +41,15 @@ VIT_PYTORCH_MODEL = CvT(
   final_norm=False,
 )
 # {layout: a model that it can hold}
-MODELS = {OFFICIAL: OFFICIAL_MODEL, HUGGING_FACE: GELU_MODEL, VIT_PYTORCH: VIT_PYTORCH_MODEL}
+MODELS = {
+  OFFICIAL: OFFICIAL_MODEL,
+  HUGGING_FACE: GELU_MODEL,
+  VIT_PYTORCH: VIT_PYTORCH_MODEL,
+  VIT_FROM_SCRATCH: CompactViT(num_classes=5, image_size=16, depth=2, mlp_ratio=2.0),
+  COMPACT_TRANSFORMERS: create_model('cct-2/3x2', 5, image_size=16, mlp_ratio=0.5),
+}
+# The layouts whose code is in a package that can be compared with.
+PACKAGED = (OFFICIAL, HUGGING_FACE, VIT_PYTORCH)
 
 
 def state_dict(layout):

@@ -99,7 +99,9 @@ def test_layouts_are_known_by_their_names(layout):
 
 def test_unknown_names():
   names = {'conv1.weight': (), 'conv1.bias': (), 'fc.weight': (), 'fc.bias': ()}
-  with pytest.raises(UserError, match=r'w.pth holds no CvT.*\(conv1.weight, conv1.bias, fc.weight'):
+  with pytest.raises(
+    UserError, match=r'w.pth holds no model .* \(conv1.weight, conv1.bias, fc.weight'
+  ):
     architecture.layout_of(names, 'w.pth')
 
 

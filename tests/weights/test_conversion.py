@@ -14,10 +14,17 @@ from cvt_flax import CvT, command_line, convert, convert_weights, save_pretraine
 from cvt_flax.data.images import prepare
 from cvt_flax.errors import UserError
 from cvt_flax.weights import files, parity, pretrained
-from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
+from cvt_flax.weights.layouts import HUGGING_FACE, OFFICIAL, VIT_PYTORCH
 from cvt_flax.weights.preprocessing import Preprocessing
 from tests.models.torch_weights import assert_close, drawn_variables, quick_jit
-from tests.weights.models import MODELS, OFFICIAL_MODEL, SMALL, assert_same_bytes, state_dict
+from tests.weights.models import (
+  MODELS,
+  OFFICIAL_MODEL,
+  PACKAGED,
+  SMALL,
+  assert_same_bytes,
+  state_dict,
+)
 
 NAMES = ('ant', 'bee', 'cat', 'dog', 'eel')
 
@@ -109,7 +116,7 @@ def test_transformers_prepares_images_as_we_do(steps, tmp_path, peer):
   np.testing.assert_allclose(theirs, (pixels / 255 - steps.mean) / steps.std, atol=1e-5)
 
 
-@pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize('layout', PACKAGED, ids=lambda layout: layout.name)
 def test_check_against_pytorch(layout, ours, tmp_path, peer):
   peer('torch')
   peer('vit_pytorch.cvt' if layout is VIT_PYTORCH else 'transformers')

@@ -9,7 +9,7 @@ from cvt_flax.errors import UserError
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, check
 from tests.models.test_goldens import CONFIGS, CvT, golden
 from tests.models.torch_weights import drawn_variables
-from tests.weights.models import MODELS, assert_same_bytes, shapes_of, state_dict
+from tests.weights.models import MODELS, PACKAGED, assert_same_bytes, shapes_of, state_dict
 
 
 def without_counters(names):
@@ -124,7 +124,7 @@ def test_counters_may_be_missing(layout):
   layout.unpack(model, shapes_of(state), state.__getitem__, 'the state dict')
 
 
-@pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize('layout', PACKAGED, ids=lambda layout: layout.name)
 def test_the_names_are_those_of_the_peer(layout, peer):
   """By loading them there: PyTorch wants every name and every shape."""
   torch = peer('torch')

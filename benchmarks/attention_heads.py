@@ -1,0 +1,187 @@
+"""mc-ViT with one projection for the queries, keys and values of all heads, against one each.
+
+    python benchmarks/attention_heads.py
+
+Prints a table and writes what was measured to benchmarks/results/. See benchmarks/README.md.
+"""
+
+# ruff: noqa: E402  (the project is found before it is imported)
+
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+from unittest import mock
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from benchmarks import common
+from cvt_flax import create_model
+from cvt_flax.models import compact
+from cvt_flax.ops.attention import attention
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+MERGED, APART = 'merged', 'a projection each'
+_KINDS = ('query', 'key', 'value')
+
+
+class HeadsApart(nn.Module):
+  """`compact.Attention`, each head on its own: three linear layers, then the same attention."""
+
+  options: compact.CompactOptions
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, train, cls_only=False):
+    o, heads = self.options, []
+    for i in range(o.num_heads):
+      q, k, v = (nn.Dense(o.embed_dim // o.num_heads, name=f'{n}_{i}')(x) for n in _KINDS)
+      heads.append(attention(*(y[:, :, None] for y in (q, k, v)), o.scale)[:, :, 0])
+    return nn.Dense(o.embed_dim, name='proj')(jnp.concatenate(heads, axis=-1))
+
+
+def apart(params, heads):
+  """Returns the parameters of the model with `HeadsApart`, from those of the merged one."""
+  leaves = {}
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    if 'qkv' not in path:
+      leaves[path] = leaf
+      continue
+    *block, _, name = path
+    for kind, part in zip(_KINDS, np.split(leaf, 3, axis=-1), strict=True):
+      for i, head in enumerate(np.split(part, heads, axis=-1)):
+        leaves[*block, f'{kind}_{i}', name] = head
+  return traverse_util.unflatten_dict(leaves)
+
+
+def main():
+  arguments = parse()
+  if not arguments.busy:
+    common.refuse_busy('They would take turns with both contestants')
+  model = create_model('mcvit', 10)
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(arguments.batch, 32, 32, 3)), jnp.float32)
+  labels = jnp.asarray(rng.integers(10, size=arguments.batch))
+  merged = jax.device_get(jax.jit(model.init)(jax.random.key(0), images)['params'])
+  params = {MERGED: merged, APART: apart(merged, model.heads)}
+
+  compiled, logits = {'forward': {}, 'train step': {}}, {}
+  for name, module in ((MERGED, compact.Attention), (APART, HeadsApart)):
+    with mock.patch.object(compact, 'Attention', module):  # what is compiled here has it
+      compiled['forward'][name], logits[name] = forward(model, params[name], images)
+      compiled['train step'][name] = train_step(model, params[name], images, labels)
+  difference = np.abs(logits[APART] - logits[MERGED]).max() / np.abs(logits[MERGED]).max()
+  if not difference <= 1e-5:
+    sys.exit(f'the two do not compute the same logits: they differ by {difference:.1e}')
+  print(f'logits agree to {difference:.1e}', file=sys.stderr)
+
+  start = common.usage()
+  results = {
+    what: alternate(what, contestants, arguments.rounds, arguments.steps)
+    for what, contestants in compiled.items()
+  }
+  print(table(results))
+  record = {
+    'arguments': vars(arguments),
+    'logits_differ_by': float(difference),
+    'hardware': {
+      'device': jax.devices()[0].device_kind,
+      'processor': common.processor(),
+      'cores': common.cores(),
+    },
+    'results': {
+      what: {'seconds_a_call_by_round': seconds, 'median_ratio': statistics.median(ratios(seconds))}
+      for what, seconds in results.items()
+    },
+  }
+  common.write('attention-heads', PACKAGES, start, record)
+
+
+def parse():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--batch', type=int, default=256, help='images')
+  parser.add_argument('--rounds', type=int, default=9, help='at least 5')
+  parser.add_argument('--steps', type=int, default=5, help='timed calls of each, in each round')
+  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
+  arguments = parser.parse_args()
+  if arguments.rounds < 5:
+    parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
+  return arguments
+
+
+def forward(model, params, images):
+  """Returns a function that computes the logits and waits for them, and the logits."""
+  apply = jax.jit(model.apply).lower({'params': params}, images).compile()
+  params = jax.device_put(params)
+
+  def run():
+    return jax.block_until_ready(apply({'params': params}, images))
+
+  return run, np.asarray(run())
+
+
+def train_step(model, params, images, labels):
+  """Returns a function that takes a step and waits for it."""
+  optimizer = optax.adamw(1e-3, weight_decay=0.05)
+
+  def loss_fn(params):
+    logits = model.apply({'params': params}, images, train=True)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  def step(params, state):
+    updates, state = optimizer.update(jax.grad(loss_fn)(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  carried = jax.device_put(params), optimizer.init(params)
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carried).compile()
+
+  def run():
+    nonlocal carried
+    carried = jax.block_until_ready(compiled(*carried))
+
+  return run
+
+
+def alternate(what, contestants, rounds, steps):
+  """Runs both in turn, `rounds` times; returns {name: [seconds a call, a round]}."""
+  seconds = {name: [] for name in contestants}
+  for number in range(rounds):
+    for name, run in contestants.items():
+      run()  # not timed: the caches are its own
+      start = time.perf_counter()
+      for _ in range(steps):
+        run()
+      seconds[name].append((time.perf_counter() - start) / steps)
+    line = ', '.join(f'{name} {1e3 * times[-1]:.0f} ms' for name, times in seconds.items())
+    print(f'{what}, round {number + 1}: {line}', file=sys.stderr)
+  return seconds
+
+
+def ratios(seconds):
+  """Returns, for every round, how many times as fast the merged one was."""
+  return [a / m for m, a in zip(seconds[MERGED], seconds[APART], strict=True)]
+
+
+def table(results):
+  lines = ['| | median ms | slowest and fastest round | merged is |', '|---|---|---|---|']
+  for what, seconds in results.items():
+    for name, times in seconds.items():
+      median, low, high = (1e3 * f(times) for f in (statistics.median, min, max))
+      faster = f'{statistics.median(ratios(seconds)):.2f}x' if name == APART else ''
+      lines.append(f'| {what}, {name} | {median:.0f} | {low:.0f} to {high:.0f} | {faster} |')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  main()
