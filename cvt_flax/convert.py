@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     '--to',
     default='',
     metavar='LAYOUT',
-    help='flax, official, huggingface or vit-pytorch; by default official for a DST that ends '
-    'with .pth, else flax',
+    help='flax, official, huggingface, vit-pytorch, or for compact transformers vit-from-scratch '
+    'or compact-transformers; by default official for a DST that ends with .pth, else flax',
   )
   parser.add_argument('--model', default='', help='where the weights do not say it themselves')
   parser.add_argument(

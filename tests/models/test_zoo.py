@@ -128,6 +128,17 @@ def test_multiply_adds_with_a_key_for_every_pixel():
   )
 
 
+def test_sequence_pooling_costs_a_score_and_a_weight_of_every_pixel():
+  mean, seq = (
+    multiply_adds(create_model('cvt-13', cls_token=(), pool=pool), 224, 224)
+    for pool in ('mean', 'seq')
+  )
+  assert seq - mean == 2 * 14 * 14 * 384
+  model = create_model('cvt-13', 10, pool='seq')
+  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  assert size(variables['params']) == OTHER_HEADS['cvt-13', 10] + 384 + 1
+
+
 def test_official_tokens_at_224_and_384():
   def tokens(pixels):
     stages = stage_geometry(create_model('cvt-13'), pixels, pixels)

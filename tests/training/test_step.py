@@ -154,7 +154,7 @@ def trajectory(source, tmp_path_factory):
   """trajectory(devices, bn_group_size) takes ten steps of a run, across epochs."""
   cache = {}
 
-  def build_model(config, num_classes):
+  def build_model(config, num_classes, image_size):
     blocks = 2 if config.bn_group_size else 1  # drop path is for the second, and takes a while
     return tiny_cvt(
       num_classes=num_classes,

@@ -8,6 +8,7 @@ from cvt_flax import CvT, create_model
 from cvt_flax.errors import UserError
 from cvt_flax.models.options import resolve
 from cvt_flax.weights import architecture, huggingface_config
+from cvt_flax.weights.layouts import COMPACT_TRANSFORMERS as CCT
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
 from tests.weights.models import (
   GELU_MODEL,
@@ -175,6 +176,9 @@ def test_hugging_face_configs_that_cannot_be_read(change, message):
     (OFFICIAL, dict(mlp_bias=False), 'mlp_bias'),
     (OFFICIAL, dict(final_norm=False), 'final_norm'),
     (OFFICIAL, dict(pool='mean'), r"pool='mean' \(only 'cls'\)"),
+    (OFFICIAL, dict(pool='seq'), r"pool='seq' \(only 'cls'\)"),
+    (HUGGING_FACE, dict(pool='seq'), r"pool='seq' \(only 'cls'\)"),
+    (HUGGING_FACE, dict(activation='gelu_tanh'), "activation='gelu_tanh'"),
     (HUGGING_FACE, dict(projection='avg'), 'projection'),
     (HUGGING_FACE, dict(cls_token=(True, False, True)), 'cls_token.*only in the last stage'),
     (HUGGING_FACE, dict(num_classes=0), 'num_classes=0'),
@@ -204,9 +208,12 @@ def test_what_a_layout_can_hold(layout):
   architecture.check_expressible(layout, MODELS[layout])
 
 
-def test_attributes_there_and_back():
-  values = json.loads(json.dumps(architecture.attributes(VIT_PYTORCH_MODEL)))
-  assert architecture.from_attributes(values, 'config.json') == VIT_PYTORCH_MODEL
+@pytest.mark.parametrize(
+  'model', [VIT_PYTORCH_MODEL, OFFICIAL_MODEL.clone(pool='seq'), MODELS[CCT]]
+)
+def test_attributes_there_and_back(model):
+  values = json.loads(json.dumps(architecture.attributes(model)))
+  assert architecture.from_attributes(values, 'config.json') == model
 
 
 def test_attributes_of_earlier_versions():
