@@ -134,9 +134,8 @@ def _train(config, folder):
     with contextlib.closing(feed):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
-    values = _report(training, _with_validation(values, metrics))
   _write_report(folder)
-  return values
+  return _report(training, _with_validation(values, metrics))
 
 
 def _write_report(folder):
