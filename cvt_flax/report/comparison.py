@@ -48,8 +48,8 @@ def _seeds(group):
 def _results(groups):
   found = [m for m in _METRICS if any(g.finals(m[0]) for g in groups)]
   rows = []
-  for group in groups:
-    for metric, name, form in found:
+  for metric, name, form in found:
+    for group in groups:
       values = list(group.finals(metric).values())
       mean, deviation = statistics.mean_and_deviation(values) if values else (None, None)
       spread = number(min(values), form), number(max(values), form)
@@ -100,8 +100,8 @@ def _paired_tests(groups):
     yield '<h3>Paired t-test over seeds</h3>'
     yield markup.table(['configs', 'metric', 'difference', 'p', 'seeds'], rows)
     yield markup.paragraph(
-      'Whether the difference would be another with other seeds. Two-sided; few seeds find large '
-      'differences alone.',
+      'Two-sided; p is of a mean difference of zero over seeds. With few seeds only a large '
+      'difference shows.',
       faint=True,
     )
 
@@ -128,8 +128,8 @@ def _mcnemar(groups):
     head = ['configs', 'seed', 'only the first is right', 'only the second', 'p', 'images']
     yield markup.table(head, rows)
     yield markup.paragraph(
-      'Whether the difference of two trained networks would be another with other images. It says '
-      'nothing of other seeds.',
+      'Two-sided; p is of two trained networks that are right equally often. It says nothing of '
+      'networks of other seeds.',
       faint=True,
     )
   if 'val' in compared:

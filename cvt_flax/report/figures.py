@@ -64,7 +64,7 @@ class Line:
 
 _STYLES = {
   'line': dict(linewidth=2.0, marker='o', markersize=3.5),
-  'thin': dict(linewidth=1.0, alpha=0.55),
+  'thin': dict(linewidth=1.1, alpha=0.75),
   'star': dict(linestyle='none', marker='*', markersize=13, zorder=5),
 }
 
@@ -91,6 +91,7 @@ def lines(theme: Theme, drawn: Sequence[Line], percent: bool = False) -> Figure:
   else:
     axes.ticklabel_format(axis='y', scilimits=(-2, 4), useMathText=True)
     axes.yaxis.get_offset_text().set(color=theme.text, fontsize=_TEXT)
+  axes.set_xlim(left=0)
   axes.set_xlabel('epoch', color=theme.text, fontsize=_TEXT)
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for d in drawn for x in d.x) > 6))
   axes.grid(True, color=theme.faint, linewidth=0.6)

@@ -39,9 +39,8 @@ figcaption { line-height: 1.35; margin-top: .25rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
+  vertical-align: top; overflow-wrap: normal; }
 th { color: var(--faint); font-weight: 600; }
-td { overflow-wrap: normal; }
 .number { text-align: right; white-space: nowrap; }
 td.long { overflow-wrap: anywhere; min-width: 9rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }

@@ -137,9 +137,8 @@ def _train(config, folder):
     with contextlib.closing(feed), told_of_memory(c.batch_size, unit):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
-    values = _report(training, _with_validation(values, metrics))
   _write_report(folder)
-  return values
+  return _report(training, _with_validation(values, metrics))
 
 
 def _write_report(folder):
