@@ -13,6 +13,7 @@ import warnings
 
 import einops
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
@@ -203,6 +204,11 @@ class Stage(nn.Module):
     b, h, w, c = x.shape
     if 0 in (h, w):
       raise ValueError(f'the images are too small: a stage is left with a map of {h}x{w}')
+    if o.pos_embed:
+      table = self.param('pos_embed', dense_init, (1, o.pos_embed, o.pos_embed, c))
+      if (h, w) != table.shape[1:3]:
+        table = jax.image.resize(table, (1, h, w, c), 'bicubic')
+      x = x + table.astype(self.dtype)
     x = rearrange(x, 'b h w c -> b (h w) c')
     if o.cls_token:
       cls = self.param('cls_token', dense_init, (1, 1, c))
@@ -234,6 +240,9 @@ class CvT(nn.Module):
     patch_paddings: its padding on each side.
     mlp_ratios: hidden channels of the MLP, as a multiple of the stage's.
     cls_token: whether the stage has a class token. It does not pass on to the next stage.
+    pos_embed: side of the square map that the stage's learnt position embedding is for; maps of
+      another size get it resized. 0 is none, and so is (): the convolutions tell positions, as the
+      paper's table 5 has it.
     projection: 'dw_bn' (depthwise convolution and batch norm), 'avg' (pooled keys and values) or
       'linear'.
     qkv_kernels: kernel of the projections, padded by kernel // 2 on each side; () is 3. Not for
@@ -273,6 +282,7 @@ class CvT(nn.Module):
   patch_paddings: tuple[int, ...] = (2, 1, 1)
   mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0)
   cls_token: tuple[bool, ...] = (False, False, True)
+  pos_embed: tuple[int, ...] = ()
   projection: str = 'dw_bn'
   qkv_kernels: tuple[int, ...] = ()
   q_strides: tuple[int, ...] = ()

@@ -34,6 +34,7 @@ class StageOptions:
   patch_padding: int
   mlp_dim: int
   cls_token: bool
+  pos_embed: int
   projection: str
   qkv_kernel: int
   q_stride: int
@@ -155,6 +156,7 @@ def resolve(model: CvT) -> list[StageOptions]:
     'patch_padding': per_stage('patch_paddings', low=0),
     'mlp_ratio': per_stage('mlp_ratios'),
     'cls_token': per_stage('cls_token', default=False),
+    'pos_embed': per_stage('pos_embed', default=0, low=0),
     'qkv_kernel': per_stage('qkv_kernels', default=1 if linear else 3, low=1),
     'q_stride': per_stage('q_strides', default=1, low=1),
     'kv_stride': per_stage('kv_strides', default=1 if linear else 2, low=1),

@@ -109,6 +109,9 @@ class ModelConfig:
   mlp_ratios: tuple[float, ...] = key((), 'hidden channels of every MLP, by its stage', low=0.0)
   kv_strides: tuple[int, ...] = key((), 'stride of the keys and values of every stage', low=1)
   cls_token: tuple[bool, ...] = key((), 'whether each stage has a class token')
+  pos_embed: tuple[int, ...] = key(
+    (), "side of the map that each stage's position embedding is for; 0: none", low=0
+  )
   qkv_kernels: tuple[int, ...] = key((), 'kernel of the projections of every stage', low=1)
   head_dim: int = key(0, "channels of a head; 0: the stage's, divided by its heads", low=0)
   attention_scale: str = key('', "'embed_dim' or 'head_dim'", allowed=('', 'embed_dim', 'head_dim'))

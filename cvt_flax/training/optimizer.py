@@ -80,7 +80,7 @@ def _layer(path: tuple[str, ...]) -> tuple[float, int]:
       block = int(match[1])
   if stage:
     return int(stage[1]), block
-  if block >= 0 or path[0].endswith(('embed', 'token')):  # of a network without stages
+  if block >= 0 or path[0].endswith(('embed', 'token', 'tokenizer')):  # of a CompactViT
     return 0, block
   return math.inf, 0
 

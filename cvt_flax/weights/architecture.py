@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # What a model computes on, not what it computes, and what depends on the batch.
 _NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size')
 # Attributes that the files of earlier versions lack.
-_ADDED = {'embed_drop_rates', 'in_channels'}
+_ADDED = {'embed_drop_rates', 'in_channels', 'pos_embed'}
 
 # Attributes of a stage that its inference does not depend on.
 _OF_TRAINING = ('drop_rate', 'embed_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'bn_group_size')
@@ -244,6 +244,7 @@ _COMMON: _Needs = (
   ('head_dim', 'embed_dim // num_heads', lambda o: o.head_dim * o.num_heads == o.embed_dim),
   ('attention_scale', "'embed_dim'", lambda o: o.scale == o.embed_dim**-0.5),
   ('shared_kv', 'False', lambda o: not o.shared_kv),
+  ('pos_embed', '()', lambda o: not o.pos_embed),
   ('out_bias', 'True', lambda o: o.out_bias),
   ('mlp_bias', 'True', lambda o: o.mlp_bias),
 )
@@ -266,6 +267,7 @@ _NEEDS: dict[str, _Needs] = {
     ('out_bias', 'True', lambda o: o.out_bias),
     ('mlp_bias', 'True', lambda o: o.mlp_bias),
     ('cls_token', 'False', lambda o: not o.cls_token),
+    ('pos_embed', '()', lambda o: not o.pos_embed),
     ('activation', "'gelu'", lambda o: o.activation == 'gelu'),
     ('patch_paddings', 'patch_sizes // 2', lambda o: o.patch_padding == o.patch_size // 2),
     ('mlp_ratios', 'integers', lambda o: o.mlp_dim % o.embed_dim == 0),

@@ -256,6 +256,32 @@ def test_every_dropout_acts_in_training_alone(rates):
   assert np.std(draws, axis=0).max() > 1e-2
 
 
+def test_position_embedding_is_added_to_the_map_and_resized_for_another():
+  model = CvT(**ONE_STAGE | {'pos_embed': (4,), 'depths': (1,)})
+  variables = drawn_variables(model)
+  table = variables['params']['stage0'].pop('pos_embed')
+  assert table.shape == (1, 4, 4, ONE_STAGE['embed_dims'][0])
+
+  def maps(model, variables, images):
+    return model.apply(variables, images, method='stage_maps')[0]
+
+  def with_table(table):
+    stage = variables['params']['stage0'] | {'pos_embed': table}
+    return variables | {'params': variables['params'] | {'stage0': stage}}
+
+  # A table of one value everywhere is the same on a map of any size: another bias of the embedding.
+  plain = CvT(**ONE_STAGE | {'depths': (1,)})
+  constant = jnp.broadcast_to(table[:, :1, :1], table.shape)
+  norm = variables['params']['stage0']['patch_embed']['norm']
+  biased = jax.tree.map(lambda x: x, variables)
+  biased['params']['stage0']['patch_embed']['norm']['bias'] = norm['bias'] + table[0, 0, 0]
+  for size in ((8, 8), (12, 20)):
+    x = draw('images', (2, *size, 3))
+    same = maps(plain, biased, x)
+    np.testing.assert_allclose(maps(model, with_table(constant), x), same, atol=2e-5)
+    assert np.abs(maps(model, with_table(table), x) - same).max() > 1e-2
+
+
 def test_without_dropouts_training_needs_no_key():
   model = CvT(**ONE_STAGE)
   shapes = jax.eval_shape(

@@ -249,6 +249,7 @@ def test_every_model_key_reaches_the_model():
     'attention_scale': 'head_dim',
     'activation': 'gelu',
     'cls_token': (True, False, False),
+    'pos_embed': (0, 4, 2),
     'projection': 'avg',
     'pool': 'mean',
     'drop_rates': (0.1, 0.2, 0.3),

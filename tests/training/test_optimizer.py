@@ -168,6 +168,19 @@ def paths_of(name):
   return ['/'.join(path) for path in flatten_dict(shapes)]
 
 
+@pytest.mark.parametrize('name', ['cvit', 'cct-7/3x1'])
+def test_the_tokens_of_a_compact_transformer_are_its_lowest_layer(name):
+  model = create_model(name)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+  for path, scale in layer_scales(0.5, flatten_dict(shapes)).items():
+    if path[0].startswith('blocks_'):
+      assert scale == 0.5 ** (model.depth - int(path[0][7:]))
+    else:
+      above = path[0] in ('head', 'norm', 'seq_pool')
+      assert scale == (1.0 if above else 0.5 ** (model.depth + 1)), path
+
+
 @pytest.mark.parametrize(('name', 'layers'), [('cvt-13', 17), ('cvt-21', 25), ('cvt-nano', 8)])
 def test_each_layer_below_the_head_is_slower(name, layers):
   """As BEiT: the head whole, the last block times the decay, ..., the first embedding slowest."""

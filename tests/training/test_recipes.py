@@ -12,9 +12,10 @@ from PIL import Image
 
 from cvt_flax import save_pretrained
 from cvt_flax.data import array_source, stream
+from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.models.zoo import is_compact
 from cvt_flax.training import loop
-from cvt_flax.training.config import freeze
+from cvt_flax.training.config import differences, freeze
 from cvt_flax.training.engines import Streaming
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.training.optimizer import make_schedule, peak_learning_rate
@@ -134,7 +135,7 @@ def test_imagenette_is_imagenet_in_small_batches():
 SHIPPED = [
   (path.stem, variant)
   for path in sorted(CONFIGS.glob('*.py'))
-  if path.stem != '__init__'
+  if path.stem not in ('__init__', 'ablations')  # their networks are what they are about: below
   for variant in re.findall(r"case '(\w*)':", path.read_text()) or ['']
 ]
 
@@ -190,6 +191,35 @@ def test_every_config_trains_a_step(name, variant, tmp_path):
   config.tensorboard = False
   assert loop.run(config, tmp_path / 'run') == {'checkpoint': 2}
   assert [p.name for p in (tmp_path / 'run/checkpoints').iterdir()] == ['2']
+
+
+ABLATIONS = {
+  'base': (),
+  'avg': ('model.projection',),
+  'linear': ('model.projection',),
+  'stride1': ('model.kv_strides',),
+  'patches': ('model.patch_paddings', 'model.patch_sizes'),
+  'position': ('model.pos_embed',),
+  'position_first': ('model.pos_embed',),
+  'position_linear': ('model.pos_embed', 'model.projection'),
+}
+
+
+def test_ablations_change_one_thing():
+  base = freeze(load('ablations'))
+  cases = re.findall(r"case '(\w*)':", (CONFIGS / 'ablations.py').read_text())
+  assert cases == list(ABLATIONS)
+  geometries = {}
+  for variant, keys in ABLATIONS.items():
+    config = freeze(load('ablations', variant))
+    assert sorted(differences(base, config).keys() - {'name'}) == sorted(keys)
+    stages = stage_geometry(build_model(config.model, 10), 32, 32)
+    geometries[variant] = [(s.height, s.keys) for s in stages]
+    assert [s.height for s in stages] == [16, 8, 8]
+  full = [(16, 256), (8, 64), (8, 65)]  # keys; the last stage has a class token
+  strided = [(16, 64), (8, 16), (8, 17)]
+  for variant, geometry in geometries.items():
+    assert geometry == (full if variant in ('linear', 'stride1', 'position_linear') else strided)
 
 
 @pytest.fixture(scope='module')

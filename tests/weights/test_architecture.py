@@ -181,6 +181,8 @@ def test_hugging_face_configs_that_cannot_be_read(change, message):
     (HUGGING_FACE, dict(activation='gelu_tanh'), "activation='gelu_tanh'"),
     (HUGGING_FACE, dict(projection='avg'), 'projection'),
     (HUGGING_FACE, dict(cls_token=(True, False, True)), 'cls_token.*only in the last stage'),
+    (OFFICIAL, dict(pos_embed=(56, 0, 0)), 'pos_embed'),
+    (VIT_PYTORCH, dict(pos_embed=(56, 0, 0)), 'pos_embed'),
     (HUGGING_FACE, dict(num_classes=0), 'num_classes=0'),
     (HUGGING_FACE, dict(depths=(1, 1, 3)), r'depths=\(1, 1, 3\)'),
     (VIT_PYTORCH, dict(shared_kv=False), 'shared_kv'),
