@@ -168,7 +168,7 @@ def test_quick_gelu_for_hugging_face_is_noted_with_what_it_changes(ours, tmp_pat
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (dict(to='pytorch'), "to='pytorch': one of flax, official, huggingface, vit-pytorch is needed"),
+    (dict(to='pytorch'), "to='pytorch': one of flax, official, .*compact-transformers is"),
     (dict(to='vit-pytorch'), "the layout 'vit-pytorch' cannot hold this model: .*shared_kv=False"),
     (dict(to='official', activation='gelu'), "activation='gelu'"),
   ],
