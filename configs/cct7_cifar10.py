@@ -10,16 +10,12 @@ the device. Mixing does not stop after 175 epochs, and there are no ten epochs m
 rate.
 """
 
-from cvt_flax.training.config import get_config as defaults
+from cvt_flax.training.recipes import cifar
 
 
 def get_config():
-  config = defaults()
+  config = cifar('cifar10')
   config.name = 'cct7_cifar10'
-  config.source = 'tfds:cifar10'
-  config.image_size = 32
-  # Of the 50,000 training images.
-  config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
   config.batch_size = 128
   config.epochs = 300
   config.learning_rate = 5.5e-4
@@ -32,10 +28,7 @@ def get_config():
   config.optimizer.warmup_epochs = 10
   config.optimizer.warmup_learning_rate = 1e-5
   config.optimizer.min_learning_rate = 1e-5
-  config.augment.crop_padding = 4
-  config.augment.flip = True
   config.augment.trivial_augment = True
   config.augment.mixup = 0.8
   config.augment.cutmix = 1.0
-  config.augment.label_smoothing = 0.1
   return config

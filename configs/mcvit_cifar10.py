@@ -10,26 +10,10 @@ cosine, the parameters are averaged, and held-out training images choose the che
 test images are scored with. A network this small underfits, so there is little regularisation.
 """
 
-from cvt_flax.training.config import get_config as defaults
+from cvt_flax.training.recipes import compact_vit
 
 
 def get_config():
-  config = defaults()
+  config = compact_vit('cifar10', 'mcvit')
   config.name = 'mcvit_cifar10'
-  config.source = 'tfds:cifar10'
-  config.image_size = 32
-  # Of the 50,000 training images.
-  config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-  config.batch_size = 256
-  config.epochs = 100
-  config.learning_rate = 3e-3
-  config.model.name = 'mcvit'
-  config.optimizer.weight_decay = 0.02
-  config.optimizer.warmup_epochs = 5
-  config.optimizer.min_learning_rate = 1e-5
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.ema_decay = 0.998
-  config.augment.crop_padding = 4
-  config.augment.flip = True
-  config.augment.label_smoothing = 0.05
   return config

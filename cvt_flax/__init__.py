@@ -21,7 +21,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
   from cvt_flax.weights.conversion import convert_weights
-  from cvt_flax.weights.pretrained import load_pretrained, save_pretrained
+  from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
 
 __version__ = '0.1.0.dev0'
 
@@ -32,6 +32,7 @@ __all__ = [
   'convert_weights',
   'create_model',
   'list_models',
+  'list_pretrained',
   'load_pretrained',
   'predict_images',
   'save_pretrained',
@@ -46,6 +47,7 @@ _PLACES = {
   'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),
   'create_model': ('cvt_flax.models.zoo', 'create_model'),
   'list_models': ('cvt_flax.models.zoo', 'list_models'),
+  'list_pretrained': ('cvt_flax.weights.pretrained', 'list_pretrained'),
   'load_pretrained': ('cvt_flax.weights.pretrained', 'load_pretrained'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),
   'save_pretrained': ('cvt_flax.weights.pretrained', 'save_pretrained'),

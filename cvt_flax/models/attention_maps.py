@@ -7,18 +7,19 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.geometry import stage_geometry
 
 
 def attention_maps(
-  model: CvT, variables: Mapping, images: Float[Array, 'b h w c']
+  model: CvT | CompactViT, variables: Mapping, images: Float[Array, 'b h w c']
 ) -> list[Float[Array, 'b heads h2 w2']]:
   """Returns, for every stage, how its last block divides its attention over the image.
 
   These are the weights softmax(scale q k^T) of the class token where the stage has one, otherwise
   their mean over all queries. They are computed from the queries and keys that the model sows, for
-  those queries alone.
+  those queries alone. A CompactViT has one stage.
 
   Args:
     model: the network.
@@ -28,19 +29,27 @@ def attention_maps(
   Returns:
     float32 maps over the keys, a grid over the image: with the default kv_strides h2 x w2 is half
     the stage's map, 28, 14 and 7 for images of 224x224. To draw one over the image, resize it. A
-    map sums to 1, less the weight of the class token's own key where there is one.
+    map sums to 1, less the weight of the class token's own key where there is one. With pool='seq'
+    there is one more, of one head: the weights by which the tokens are pooled.
   """
   _, state = model.apply(variables, images, mutable=['intermediates'])
-  maps = []
+  sown, maps = state['intermediates'], []
   for s, stage in enumerate(stage_geometry(model, *images.shape[1:3])):
-    o = stage.options
-    sown = state['intermediates'][f'stage{s}'][f'blocks_{o.depth - 1}']['attn']
-    (queries,), (keys,) = sown['queries'], sown['keys']
+    o, size = stage.options, (stage.height, stage.width)
+    blocks = sown if isinstance(model, CompactViT) else sown[f'stage{s}']
+    last = blocks[f'blocks_{o.depth - 1}']['attn']
+    (queries,), (keys,) = last['queries'], last['keys']
     weights = _mean_weights(queries[:, :1] if o.cls_token else queries, keys, o.scale)
-    height, width = o.key_map_size(stage.height, stage.width)
-    weights = weights[..., int(o.cls_token) :]
-    maps.append(rearrange(weights, 'b n (h w) -> b n h w', h=height, w=width))
+    key_size = size if isinstance(model, CompactViT) else o.key_map_size(*size)
+    maps.append(_as_map(weights[..., int(o.cls_token) :], key_size))
+  if model.pool == 'seq':
+    (weights,) = sown['seq_pool']['weights']
+    maps.append(_as_map(weights[:, None], size))
   return maps
+
+
+def _as_map(weights, size):
+  return rearrange(weights, 'b n (h w) -> b n h w', h=size[0])
 
 
 def _mean_weights(

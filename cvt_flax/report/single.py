@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.report import figures, markup, pictures, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
@@ -251,16 +252,19 @@ def _attention(run, p, source, folder):
     if guess is not None and guess != example.label:
       caption += f', taken for {run.class_names[guess]}'
     shown.append(markup.picture(data, 'image/png', caption))
-  tokens = weights.model.cls_token or (False,) * len(maps)
-  stages = []
-  for s, (token, found) in enumerate(zip(tokens, maps, strict=True), start=1):
-    of = 'class token' if token else 'mean over all queries'
-    height, width = found[0].shape
-    keys = f'{height}x{width} keys' if found[0].size > 1 else 'a single key, not shown'
-    stages.append(f'stage {s}: {of}, {keys}')
+  stages = stage_geometry(weights.model, *pixels.shape[1:3])
+  of = ['class token' if s.options.cls_token else 'mean over all queries' for s in stages]
+  names = [f'stage {s}: {words}' for s, words in enumerate(of, start=1)]
+  if len(maps) > len(names):
+    names.append('sequence pooling: the weight of each token')
+  sizes = [m.shape[1:] for m in maps]
+  described = [
+    f'{name}, {h}x{w}' if h * w > 1 else f'{name}, a single key, not shown'
+    for name, (h, w) in zip(names, sizes, strict=True)
+  ]
   words = (
     'From left to right the image, then where the last block of each stage looks: the mean over '
-    f'its heads, brightest where it looks most. {"; ".join(stages).capitalize()}.'
+    f'its heads, brightest where it looks most. {"; ".join(described).capitalize()}.'
   )
   return [markup.paragraph(words, faint=True), markup.grid(shown)]
 

@@ -106,6 +106,26 @@ def cifar(name: str) -> ml_collections.ConfigDict:
   return config
 
 
+def compact_vit(name: str, model: str) -> ml_collections.ConfigDict:
+  """Returns 100 epochs of 'cvit' or 'mcvit' on 'cifar10' or 'cifar100'.
+
+  Batches and epochs are those of github.com/tintn/vision-transformer-from-scratch; the rest is
+  ours. A network this small underfits, so there is little regularisation.
+  """
+  config = cifar(name)
+  config.batch_size = 256
+  config.epochs = 100
+  config.learning_rate = 3e-3
+  config.model.name = model
+  config.optimizer.weight_decay = 0.02
+  config.optimizer.warmup_epochs = 5
+  config.optimizer.min_learning_rate = 1e-5
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.ema_decay = 0.998
+  config.augment.label_smoothing = 0.05
+  return config
+
+
 def small_images(name: str) -> ml_collections.ConfigDict:
   """Returns 300 epochs of cvt-small on 'cifar10' or 'cifar100', strongly augmented. All of it ours.
 

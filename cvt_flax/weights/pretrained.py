@@ -38,6 +38,9 @@ IN_PTH = (OFFICIAL.name, VIT_PYTORCH.name, *compact.LAYOUTS)
 _CONFIG, _PREPROCESSOR = 'config.json', 'preprocessor_config.json'
 _SAFETENSORS, _BIN = 'model.safetensors', 'pytorch_model.bin'
 
+# Weights that come along, each a folder of `save_pretrained` and a README.
+_TRAINED = pathlib.Path(__file__).parent / 'trained'
+
 _GELU_NOTE = (
   "the activation is 'gelu', as transformers computes it. microsoft/cvt-* were trained with "
   "'quick_gelu', which differs by up to 0.0203 at every hidden channel: activation=quick_gelu "
@@ -100,8 +103,10 @@ def load(
   if source.startswith('hf:'):
     return _load_folder(_download(source[3:]), source, model, activation, progress)
   path = pathlib.Path(source)
+  if not path.exists() and source in list_pretrained():
+    path = _TRAINED / source
   if not path.exists():
-    close = nearest(path.name, [p.name for p in path.parent.glob('*')])
+    close = nearest(path.name, [*(p.name for p in path.parent.glob('*')), *list_pretrained()])
     raise UserError(
       f'{path}: there is no such file or folder{close}; hf:NAME is for models of Hugging Face'
     )
@@ -137,6 +142,11 @@ def load(
   return _read(file, layout, Description(found, names, steps), layout.name, source, notes, progress)
 
 
+def list_pretrained() -> list[str]:
+  """Returns the names of the weights that come along, which `load_pretrained` takes."""
+  return sorted(folder.name for folder in _TRAINED.iterdir())
+
+
 def load_pretrained(
   source: str | pathlib.Path, model: str | CvT | CompactViT = '', activation: str = ''
 ) -> tuple[CvT | CompactViT, dict]:
@@ -148,7 +158,8 @@ def load_pretrained(
   Args:
     source: a .pth or .safetensors file of the authors' code, of vit-pytorch, of SHI-Labs' compact
       transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
-      'hf:NAME' (downloaded by huggingface_hub), or a run folder: its best checkpoint.
+      'hf:NAME' (downloaded by huggingface_hub), a run folder: its best checkpoint, or a name of
+      `list_pretrained()`.
     model: a name of `list_models()`, or a model, where the weights do not say it themselves.
     activation: 'quick_gelu' or 'gelu' in place of the model's own. Hugging Face computes 'gelu'.
 

@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from cvt_flax import CvT, attention_maps
+from cvt_flax import CompactViT, CvT, attention_maps
 from cvt_flax.models import cvt
 from cvt_flax.models.options import resolve
 from tests.models.test_cvt import CONFIGS, images, variables
-from tests.models.torch_weights import quick_jit
+from tests.models.torch_weights import drawn_variables, quick_jit
 
 # The maps of 37x30 pixels are 9x7 and 5x4; keys are every other of them, rounded up, which average
 # pooling does its own way, or all of them.
@@ -73,3 +73,29 @@ def test_initial_variables_hold_nothing_sown():
   model = CvT(**CONFIGS['official'])
   shapes = jax.eval_shape(model.init, jax.random.key(0), images(1))
   assert set(shapes) == {'params', 'batch_stats'}
+
+
+def test_maps_of_a_compact_transformer_and_of_sequence_pooling():
+  x = images(2)[:, :32, :24]
+  for pool, sums in (('cls', None), ('mean', 1.0), ('seq', 1.0)):
+    model = CompactViT(5, width=12, depth=2, heads=3, pool=pool, position='sine')
+    drawn = drawn_variables(model)
+    maps = attention_maps(model, drawn, x)
+    assert [m.shape for m in maps] == [(2, 3, 8, 6)] + [(2, 1, 8, 6)] * (pool == 'seq')
+    totals = np.concatenate([np.sum(m, (2, 3)).ravel() for m in maps])
+    if sums:
+      np.testing.assert_allclose(totals, sums, rtol=1e-5)
+    else:
+      assert totals.max() < 1  # the class token looks at itself as well
+  _, state = model.apply(drawn, x, mutable=['intermediates'])
+  (weights,) = state['intermediates']['seq_pool']['weights']
+  np.testing.assert_array_equal(maps[1].reshape(2, -1), weights)
+
+
+def test_a_cvt_with_sequence_pooling_has_a_map_of_its_weights():
+  config = CONFIGS['official'] | {'pool': 'seq'}
+  model = CvT(**config)
+  maps = attention_maps(model, drawn_variables(model), images(1))
+  assert len(maps) == len(config['depths']) + 1
+  assert maps[-1].shape == (1, 1, 5, 4)
+  np.testing.assert_allclose(np.sum(maps[-1]), 1, rtol=1e-5)
