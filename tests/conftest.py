@@ -131,3 +131,13 @@ def pytest_terminal_summary(terminalreporter):
       'To run them: pip install -r requirements-peers.txt',
       yellow=True,
     )
+
+
+@pytest.fixture(scope='session', autouse=True)
+def threads_decode():
+  """Where stream.workers is 0 threads decode, also in training: processes take seconds to start."""
+  from cvt_flax.data import stream
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stream, '_workers', lambda cores_for_threads: 0)
+    yield

@@ -43,7 +43,9 @@ _PIECE = 32  # images
 _AHEAD = 4  # pieces that each thread or process may have made and not been asked for
 _SHARED = 2**16  # bytes: smaller arrays are sent; a piece of shared memory is an open file
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-_CORES_FOR_THREADS = 4  # above it, processes; see `_default_workers`
+# With more cores, processes: by benchmarks/input.py they are faster in training from two cores on.
+# In evaluation threads are as fast on few cores, and start at once, which they do each time.
+_THREADS_TO_TRAIN, _THREADS_TO_EVALUATE = 1, 4  # cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Reading:
 
   Attributes:
     host, hosts: which of how many hosts this is; each reads its part of every batch.
-    workers: processes that decode; 0: threads of this one, or processes where it has so many cores
-      that threads would wait for each other.
+    workers: processes that decode; 0: a process a core, or threads of this one where it has a
+      single core, or up to four in evaluation.
     skip_unreadable: gives a black image with mask 0 for one that cannot be decoded.
   """
 
@@ -130,7 +132,7 @@ def train_batches(
     UserError: an image cannot be decoded and `reading.skip_unreadable` is off.
   """
   rows = _TrainRows(split, transform, order, reading, stop)
-  return _batches(rows, rows.local, start, reading)
+  return _batches(rows, rows.local, start, reading.workers or _workers(_THREADS_TO_TRAIN))
 
 
 def eval_batches(
@@ -154,7 +156,7 @@ def eval_batches(
     num_classes: k of 'labels'; of no effect for a split with one label an image.
   """
   rows = _EvalRows(split, size, crop_ratio, batch_size, reading, num_classes)
-  return _batches(rows, rows.local, 0, reading)
+  return _batches(rows, rows.local, 0, reading.workers or _workers(_THREADS_TO_EVALUATE))
 
 
 class _Rows:
@@ -228,12 +230,11 @@ class _EvalRows(_Rows):
     return images.prepare(example.image, example.name, self.size, self.crop_ratio)
 
 
-def _batches(rows: _Rows, local: int, start: int, reading: Reading) -> Iterator[Batch]:
-  """Yields batches of `local` rows, from batch `start` on."""
+def _batches(rows: _Rows, local: int, start: int, workers: int) -> Iterator[Batch]:
+  """Yields batches of `local` rows, from batch `start` on; without workers by threads."""
   # Images are made in pieces: one by one they would cost Grain more, and whole batches would each
   # wait for one worker.
   pieces = grain.MapDataset.source(rows)[start * local :].batch(_PIECE)
-  workers = reading.workers or _default_workers()
   if workers:
     yield from _regrouped(_from_processes(pieces, workers), local)
   else:
@@ -310,13 +311,13 @@ def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _default_workers() -> int:
-  """Returns how many processes decode: none, so threads, where there are few cores.
+def _workers(cores_for_threads: int) -> int:
+  """Returns how many processes decode; 0 with at most so many cores.
 
-  Some of the work holds Python's lock (benchmarks/input.py), so threads keep few cores busy.
-  Processes cost a copy of every batch and memory of their own, and start more slowly.
+  Some of the work holds Python's lock, so threads keep few cores busy. Processes cost a copy of
+  every batch and memory of their own, and start more slowly.
   """
-  return _cores() if _cores() > _CORES_FOR_THREADS else 0
+  return _cores() if _cores() > cores_for_threads else 0
 
 
 def _start_worker(worker: int, workers: int) -> None:

@@ -288,7 +288,7 @@ class StreamConfig:
 
   workers: int = key(
     0,
-    'processes that decode, on every host; 0: threads, or processes where cores are many',
+    'processes that decode, on every host; 0: one a core, or threads where cores are few',
     low=0,
     used=_STREAM,
   )

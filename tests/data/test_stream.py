@@ -16,6 +16,7 @@ from cvt_flax.data.folder_source import load_folder
 from cvt_flax.errors import UserError
 
 IMAGES, BATCH, SEED = 45, 8, 3
+WORKERS = stream._workers  # as it is, before tests/conftest.py replaces it
 TRANSFORM = augment.Transform(
   6, crop_scale=(0.08, 1.0), flip=True, rand_augment=augment.RandAugment()
 )
@@ -80,6 +81,22 @@ def test_an_image_is_transformed_by_its_epoch_and_index(batches, split):
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_hosts_read_their_part_of_the_same_batches(batches, split, hosts):
   assert_same(joined([train(split, host=h, hosts=hosts) for h in range(hosts)]), batches)
+
+
+def test_by_default_training_takes_a_process_a_core_and_evaluation_threads(split, monkeypatch):
+  taken = []
+
+  def batches(rows, local, start, workers):
+    taken.append(workers)
+    return iter(())
+
+  monkeypatch.setattr(stream, '_batches', batches)
+  monkeypatch.setattr(stream, '_workers', WORKERS)
+  for cores in (1, 2, 4, 8):
+    monkeypatch.setattr(stream, '_cores', lambda cores=cores: cores)
+    train(split)
+    stream.eval_batches(split, 6, 1.0, BATCH, stream.Reading())
+  assert taken == [0, 0, 2, 0, 4, 0, 8, 8]
 
 
 @pytest.mark.parametrize('workers', [1, 3])
