@@ -13,7 +13,7 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from cvt_flax import convert_weights, predict, predict_images, save_pretrained
+from cvt_flax import convert_weights, create_model, predict, predict_images, save_pretrained
 from cvt_flax.data.images import prepare
 from cvt_flax.errors import UserError
 from cvt_flax.weights import pretrained
@@ -93,6 +93,15 @@ def test_one_program_for_all_batches(weights):
     assert len(compiled) == seen
   finally:
     jax.monitoring.clear_event_listeners()
+
+
+def test_a_compact_transformer(tmp_path):
+  model = create_model('mcvit', 5)
+  save_pretrained(tmp_path / 'w', model, drawn_variables(model), NAMES, Preprocessing(32))
+  (prediction,) = predict_images(tmp_path / 'w', [CHINA])
+  assert sum(prediction.probabilities) == pytest.approx(1)
+  with pytest.raises(UserError, match='vit-from-scratch is in no package'):
+    convert_weights(tmp_path / 'w', tmp_path / 'w.pth', to='vit-from-scratch', check=True)
 
 
 def test_hidden_files_and_folders_are_no_images(weights, tmp_path):

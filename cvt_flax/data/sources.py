@@ -28,6 +28,7 @@ def load(
   holdout: float = 0.1,
   test_holdout: float = 0.0,
   seed: int = 0,
+  prepare: bool = True,
 ) -> Dataset:
   """Opens a source of labelled images.
 
@@ -46,6 +47,7 @@ def load(
     holdout: the part of train to hold out for validation, from 0 (train on everything) to 0.5.
     test_holdout: the part of train to hold out for the test, from 0 to 0.5.
     seed: which images are held out.
+    prepare: whether CIFAR is downloaded and prepared where it is not there yet.
 
   Raises:
     UserError: the source is unknown, missing, unusable or not prepared, or `holdout`,
@@ -58,7 +60,7 @@ def load(
     raise UserError(f'seed is {seed}, but must not be negative')
   kind, _, where = source.partition(':')
   if kind == 'tfds':
-    dataset = load_tfds(where, data_dir)
+    dataset = load_tfds(where, data_dir, prepare)
   elif kind == 'folder':
     dataset = load_folder(where)
   elif kind == 'csv':

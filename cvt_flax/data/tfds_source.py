@@ -114,14 +114,14 @@ def labels_file(folder: str, split: str) -> typing.Any:
   return tfds.core.Path(folder) / f'{split}_labels.npy'
 
 
-def load_tfds(name: str, data_dir: str) -> Dataset:
-  """Opens a TFDS data set, and prepares CIFAR when it is not there yet."""
+def load_tfds(name: str, data_dir: str, prepare: bool = True) -> Dataset:
+  """Opens a TFDS data set; with `prepare`, prepares CIFAR when it is not there yet."""
   import tensorflow_datasets as tfds  # takes half a second, and other sources do without
 
   root = tfds_root(data_dir)
   builder = _tfds_builder(name, root)
   if not (builder.data_path / 'dataset_info.json').exists():
-    if builder.name not in ('cifar10', 'cifar100'):
+    if builder.name not in ('cifar10', 'cifar100') or not prepare:
       raise UserError(
         f'tfds:{name} is not prepared in {root}; {_how_to_prepare(builder, name, root)}'
       )

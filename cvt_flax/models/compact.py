@@ -13,6 +13,8 @@ Two code bases have them, and both can be had here to the last number:
 Shapes: b images, h w a map, n tokens (and one more where there is a class token), c channels.
 """
 
+import typing
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +158,8 @@ class CompactViT(nn.Module):
   Raises:
     ValueError: on construction, naming the attribute, when the attributes do not fit together.
   """
+
+  in_channels: typing.ClassVar[int] = 3  # of the images
 
   num_classes: int = 10
   image_size: int = 32

@@ -61,7 +61,7 @@ def multiply_adds(model: CvT | CompactViT, height: int, width: int) -> int:
   pooling = 2 * last.height * last.width * last.options.embed_dim * (model.pool == 'seq')
   head = last.options.embed_dim * model.num_classes
   if isinstance(model, CompactViT):
-    return _compact(last, height, width) + pooling + head
+    return _compact(last, height, width, model.in_channels) + pooling + head
   total, channels = 0, model.in_channels
   for stage in stages:
     o, area, keys = stage.options, stage.height * stage.width, stage.keys
@@ -81,10 +81,9 @@ def multiply_adds(model: CvT | CompactViT, height: int, width: int) -> int:
   return total + pooling + head
 
 
-def _compact(stage, height, width):
+def _compact(stage, height, width, channels):
   """Returns the multiply-adds of a CompactViT's tokenizer and blocks."""
   o, n, c = stage.options, stage.tokens, stage.options.embed_dim
-  channels = 3
   total = 0 if o.conv_layers else stage.height * stage.width * channels * o.patch_size**2 * c
   sizes = o.conv_map_sizes(height, width)
   for (h, w), features in zip(sizes, o.conv_channels(), strict=True):

@@ -113,6 +113,9 @@ def _mcnemar(groups):
     for first, second in _pairs(a, b):
       if first.predictions is None or second.predictions is None:
         continue
+      if first.config['source'] != second.config['source']:
+        other_images = True
+        continue
       test = statistics.mcnemar(first.predictions, second.predictions)
       if test is None:
         other_images = True

@@ -39,7 +39,12 @@ class Source:
     c = run.config
     self._size, self._crop_ratio = c['image_size'], c['crop_ratio']
     dataset = sources.load(
-      c['source'], data_dir=c['data_dir'], holdout=c['eval.holdout'], seed=c['seed']
+      c['source'],
+      data_dir=c['data_dir'],
+      holdout=c['eval.holdout'],
+      test_holdout=c.get('eval.test_holdout', 0.0),  # runs of earlier versions have none
+      seed=c['seed'],
+      prepare=False,
     )
     if dataset.class_names != run.class_names:
       raise UserError(f'{c["source"]} has other classes than when the run was made')
@@ -80,7 +85,7 @@ class Source:
 def _split(dataset: Dataset, named: str | None) -> tuple[Split, np.ndarray | None]:
   """Returns the split and, where its images were held out of train, their indices."""
   if dataset.test is not None and named != 'val':
-    return dataset.test, None
+    return dataset.test, dataset.held_out_test if dataset.held_out_test.size else None
   if dataset.validation is None or named == 'test':
     raise UserError(f'{dataset.name} has no {named or "validation"} split')
   return dataset.validation, dataset.held_out if dataset.held_out.size else None

@@ -16,6 +16,19 @@ from cvt_flax.weights import run_folder
 
 # The runs of one config over several seeds lie in one folder, each in one of this name.
 SEED_FOLDER = 'seed-{}'
+# In what else the runs of one config may differ: how they were computed, watched and kept.
+_MAY_DIFFER = (
+  'seed',
+  'data_dir',
+  'log_every',
+  'closing_note',
+  'tensorboard',
+  'eval.every_epochs',
+  'eval.batch_size',
+  'mesh.',
+  'checkpoint.',
+  'stream.',
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,8 +64,8 @@ class Run:
   def final(self) -> dict:
     """The metrics of the best checkpoint, and its 'epoch'; {} while the run is not finished."""
     done = [line for line in self.lines if 'checkpoint' in line]
-    if not done:
-      return {}
+    if not done or done[-1]['step'] < max(line['step'] for line in self.lines):
+      return {}  # the latter of a run that was finished and goes on
     step = done[-1]['checkpoint']
     found = {name: value for name, value in done[-1].items() if name not in ('step', 'epoch')}
     for line in self.lines:
@@ -105,7 +118,20 @@ def _runs(folder):
   if not found:
     what = 'holds no run' if folder.is_dir() else 'there is no such folder'
     raise UserError(f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...')
-  return tuple(sorted((read_run(path) for path in found), key=lambda run: run.seed))
+  runs = tuple(sorted((read_run(path) for path in found), key=lambda run: run.seed))
+  for run in runs[1:]:
+    keys = runs[0].config.keys() & run.config.keys()
+    others = sorted(
+      key
+      for key in keys
+      if run.config[key] != runs[0].config[key] and not key.startswith(_MAY_DIFFER)
+    )
+    if others:
+      raise UserError(
+        f'{folder} is not of one config: {runs[0].folder.name} and {run.folder.name} differ in '
+        f'{", ".join(others)}; give the run folders one by one'
+      )
+  return runs
 
 
 def read_run(folder: pathlib.Path) -> Run:

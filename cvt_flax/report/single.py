@@ -18,6 +18,13 @@ from cvt_flax.report.records import Run
 from cvt_flax.weights import pretrained, run_folder
 
 _SPLITS = {'val': 'validation', 'test': 'test'}
+# Metrics of two classes, as training.evaluate names them.
+_TWO_CLASSES = {
+  'balanced_accuracy': 'balanced accuracy',
+  'f1': 'F1',
+  'auc': 'AUC',
+  'majority': 'accuracy of always taking the larger class',
+}
 _MISTAKES, _ATTENDED, _CONFUSED = 12, 6, 10
 # What the numbers of a run are called; those that are shares of images.
 _SHARES = {'top1': 'top-1', 'top5': 'top-5'}
@@ -154,7 +161,11 @@ def _results(run):
   p = run.predictions
   if p is not None and len(run.class_names) == 2:
     positive = run.class_names[1]
-    found = [[name, number(value, '.2%')] for name, value in statistics.two_class(p).items()]
+    found = [
+      [words, number(run.final[f'{p.split}/{name}'], '.2%')]
+      for name, words in _TWO_CLASSES.items()
+      if run.final.get(f'{p.split}/{name}') is not None
+    ]
     parts.append(markup.table([f'two classes, {_SPLITS[p.split]}', ''], found))
     parts.append(markup.paragraph(f'F1 and AUC are of {positive!r} against the other.', faint=True))
   return markup.section('Results', *parts)

@@ -96,21 +96,3 @@ def worst_mistakes(p: Predictions, count: int) -> np.ndarray:
   """Returns where in `p` the mistakes are that were made with the highest probability."""
   wrong = np.flatnonzero(~p.hits)
   return wrong[np.argsort(-p.probability[wrong], kind='stable')[:count]]
-
-
-def two_class(p: Predictions) -> dict[str, float]:
-  """Returns metrics of two classes, the second of which is the positive one.
-
-  The AUC is left out where the images are all of one class.
-  """
-  found = {
-    'balanced accuracy': sklearn.metrics.recall_score(
-      p.label, p.prediction, labels=np.unique(p.label), average='macro', zero_division=0.0
-    ),
-    'F1': sklearn.metrics.f1_score(p.label, p.prediction, zero_division=0.0),
-    'accuracy of always taking the larger class': np.bincount(p.label).max() / len(p),
-  }
-  if len(np.unique(p.label)) == 2:
-    positive = np.where(p.prediction == 1, p.probability, 1 - p.probability)
-    found['AUC'] = sklearn.metrics.roc_auc_score(p.label, positive)
-  return {name: float(value) for name, value in found.items()}

@@ -14,7 +14,9 @@ from cvt_flax.errors import Diverged, Interrupted, UserError, nearest
 from cvt_flax.training.config import keys, unknown_key
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='the experiment, configs/NAME.py')
-_WORKDIR = flags.DEFINE_string('workdir', '', 'the run folder; by default runs/NAME-seedN')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', 'the run folder; by default runs/NAME-seedN, and runs/NAME where seeds is above 1'
+)
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'what to do')
 _LIST = flags.DEFINE_bool('list-configs', False, 'list the experiments that come along')
 _CONFIG_IS_NEEDED = '--config=configs/NAME.py is needed; --list-configs lists them, --help explains'

@@ -70,6 +70,11 @@ def _check_warmup(c: TrainConfig):
     )
 
 
+def _check_class_weights(c: TrainConfig):
+  if c.class_weights and not any(c.class_weights):
+    raise UserError(f'class_weights={c.class_weights!r}: one above 0 is needed, or no class counts')
+
+
 def _check_milestones(c: TrainConfig):
   milestones = c.optimizer.milestones
   if c.optimizer.schedule == 'multistep' and not milestones:
@@ -111,8 +116,9 @@ def _check_groups(c: TrainConfig):
     raise UserError(f'optimizer.accumulate_steps={k} does not divide batch_size={c.batch_size}')
   from cvt_flax.models.zoo import is_compact  # here: it loads Flax, which a typo need not wait for
 
-  if c.model.projection in ('avg', 'linear') or is_compact(c.model.name):
-    return  # no batch norm, no groups
+  frozen = c.optimizer.freeze == 'backbone'
+  if c.model.projection in ('avg', 'linear') or is_compact(c.model.name) or frozen:
+    return  # no batch norm takes statistics
   if not size:
     raise UserError(
       f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '
@@ -134,6 +140,7 @@ CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_rand_augment,
   _check_repeats,
   _check_warmup,
+  _check_class_weights,
   _check_milestones,
   _check_decays,
   _check_freeze,

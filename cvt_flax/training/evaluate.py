@@ -184,7 +184,8 @@ def evaluate(
   each class). Of two classes, of which the second is the positive one, also
 
     'f1': 2 TP / (2 TP + FP + FN); None where there is nothing positive at all,
-    'auc': the area under the ROC curve, of the scores of all images; None without both classes,
+    'auc': the area under the ROC curve, of the scores of all images; None without both classes
+      or where a score is not finite,
     'majority': the top-1 of always answering with the more frequent class.
 
   Where images have several labels: 'top1', 'top5' and 'images'. Without a batch: {}.
@@ -230,9 +231,10 @@ def _of_two_classes(by_class, scores):
     for name in ('margin', 'label', 'mask')
   )
   counted = mask > 0
+  ranked = all(by_class.count) and np.isfinite(margin[counted]).all()
   return {
     'f1': float(2 * by_class.hits[1] / positives) if positives else None,
-    'auc': float(roc_auc_score(label[counted], margin[counted])) if all(by_class.count) else None,
+    'auc': float(roc_auc_score(label[counted], margin[counted])) if ranked else None,
     'majority': float(max(by_class.count) / sum(by_class.count)),
   }
 

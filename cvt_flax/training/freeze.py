@@ -3,7 +3,8 @@
 The trained parameters are cut out of the tree before anything is done with them, so no gradient,
 optimizer state, weight decay or norm knows of the others. A module of which no parameter is trained
 computes as in evaluation: its batch norms normalise by their running statistics and leave these
-alone, its dropouts and drop paths are off.
+alone, its dropouts and drop paths are off. The root always computes as in training, so what acts in
+it acts: the dropout of a CompactViT's tokens.
 """
 
 import contextlib

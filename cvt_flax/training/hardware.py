@@ -25,11 +25,12 @@ def describe() -> dict:
 
 
 @contextlib.contextmanager
-def told_of_memory(batch_size: int, unit: int) -> Iterator[None]:
+def told_of_memory(key: str, batch_size: int, unit: int) -> Iterator[None]:
   """Makes XLA's RESOURCE_EXHAUSTED, when the block raises it, an error that a person can act on.
 
   Args:
-    batch_size: of the step.
+    key: of the config that says the batch size: batch_size or eval.batch_size.
+    batch_size: what it is.
     unit: what has to divide a batch: devices, groups of batch norm, microbatches.
 
   Raises:
@@ -42,16 +43,17 @@ def told_of_memory(batch_size: int, unit: int) -> Iterator[None]:
       raise
     smaller = batch_size // 2 // unit * unit
     words = (
-      f'try --config.batch_size={smaller}'
+      f'try --config.{key}={smaller}'
       if smaller
       else (
         f'a smaller one has to be a multiple of {unit}: change mesh.data, model.bn_group_size or '
         'optimizer.accumulate_steps with it'
       )
     )
+    if key == 'batch_size':  # which a run keeps
+      words += ', with another --workdir'
     raise UserError(
-      f'batch_size={batch_size} is too large for the memory of a device: {words}, with another '
-      '--workdir, or smaller images'
+      f'{key}={batch_size} is too large for the memory of a device: {words}, or smaller images'
     ) from e
 
 

@@ -77,14 +77,16 @@ def _run_seeds(config, folder, mode):
     )
   seeds = range(config.seed, config.seed + config.seeds)
   folders = {seed: folder / SEED_FOLDER.format(seed) for seed in seeds}
-  if mode == 'eval' and config.init_from and not any(map(experiment.read, folders.values())):
+  if mode == 'eval' and config.init_from and not all(map(experiment.read, folders.values())):
     raise UserError(
-      f'seeds={config.seeds} has no effect: {folder} holds no runs, and weights have no seed'
+      f'seeds={config.seeds}: {folder} does not hold the run of every seed, and weights have none'
     )
   found = {}
   for number, (seed, run_of_seed) in enumerate(folders.items(), start=1):
     print(f'seed {seed}: run {number} of {config.seeds}')
-    one = dataclasses.replace(config, seed=seed, seeds=1)
+    last = number == config.seeds
+    note = config.closing_note if last else ''
+    one = dataclasses.replace(config, seed=seed, seeds=1, closing_note=note)
     found[run_of_seed.name] = _run_one(one, run_of_seed, mode)
     gc.collect()  # the jitted step and what holds it are a cycle, with the images on the devices
   if mode == 'train':
@@ -134,7 +136,7 @@ def _train(config, folder):
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
     unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
-    with contextlib.closing(feed), told_of_memory(c.batch_size, unit):
+    with contextlib.closing(feed), told_of_memory('batch_size', c.batch_size, unit):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
   _write_report(folder)

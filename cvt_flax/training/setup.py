@@ -234,7 +234,8 @@ class Setup:
           return
         yield step(variables, *fed)
 
-    with contextlib.closing(feed):
+    memory = hardware.told_of_memory('eval.batch_size', self.eval_batch_size, self.mesh.size)
+    with contextlib.closing(feed), memory:
       metrics = evaluate(batches())
     return None if signals.received else metrics
 

@@ -337,8 +337,7 @@ def leaf_shapes(model: CvT | CompactViT) -> dict[Path, tuple[int, ...]]:
   """Returns {path: shape} of all parameters and statistics of `model`."""
   compact = isinstance(model, CompactViT)
   size = model.image_size if compact else 8 * math.prod(model.patch_strides)
-  channels = 3 if compact else model.in_channels
-  images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of maps of one key, which is for whoever uses the model
     tree = jax.eval_shape(model.init, jax.random.key(0), images)

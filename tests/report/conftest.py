@@ -20,7 +20,7 @@ def make_run(tmp_path):
     folder = tmp_path / name
     folder.mkdir(parents=True)
     made = get_config()
-    made.update(dict(name='made', source='npz:gone.npz', seed=seed, **changes))
+    made.update(dict(name='made', source='npz:gone.npz', seed=seed) | changes)
     record = {'config': made.to_dict(), 'class_names': names, 'data': ''}
     record['hardware'] = {'devices': ['cpu'], 'versions': {'jax': '0'}}
     (folder / 'experiment.json').write_text(json.dumps(record))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cvt_flax.data.sources import load
 from cvt_flax.errors import UserError
 from cvt_flax.report import figures
 from cvt_flax.report.__main__ import main
+from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.writer import write_report
 
 
@@ -142,6 +144,36 @@ def test_letters_that_the_font_lacks_are_no_warning(make_run):
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     assert '猫' in Page(write_report([make_run('run', names=('猫', '犬'))])).words
+
+
+def test_a_run_that_goes_on_after_it_was_finished_is_not_finished(make_run):
+  folder = make_run('run')
+  with open(folder / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 25, "epoch": 2.5, "train/loss": 1.0}\n')
+  assert 'The run is not finished' in Page(write_report([folder])).words
+
+
+def test_images_of_a_test_split_that_was_held_out_are_found(tmp_path, make_run):
+  rng = np.random.default_rng(0)
+  labels = np.arange(200) % 2
+  arrays = {'x_train': rng.integers(0, 256, (200, 8, 8, 3), np.uint8), 'y_train': labels}
+  np.savez(tmp_path / 'all.npz', **arrays)
+  changes = {'source': f'npz:{tmp_path}/all.npz', 'image_size': 8}
+  folder = make_run('run', names=('0', '1'), eval={'test_holdout': 0.3}, **changes)
+  dataset = load(changes['source'], test_holdout=0.3)
+  index = dataset.held_out_test
+  label, wrong = labels[index].astype(np.int32), (1 - labels[index]).astype(np.int32)
+  p = np.full(len(index), 0.75, np.float32)
+  Predictions('test', 10, index, label, wrong, p, 1 - p).save(folder / 'predictions.npz')
+  page = Page(write_report([folder]))
+  assert 'Worst mistakes' in page.headings and 'Images cannot be shown' not in page.words
+
+
+def test_runs_of_two_configs_in_one_folder_are_refused(make_run, tmp_path):
+  make_run('a/seed-0')
+  make_run('a/seed-1', seed=1, learning_rate=0.5)
+  with pytest.raises(UserError, match='seed-0 and seed-1 differ in learning_rate'):
+    write_report([tmp_path / 'a'])
 
 
 def test_two_runs_are_compared(make_run):

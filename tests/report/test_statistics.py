@@ -72,16 +72,3 @@ def test_worst_mistakes_are_the_surest():
   p = made([0, 0, 1, 1], [1, 0, 0, 0], [0.6, 0.99, 0.9, 0.7])
   assert statistics.worst_mistakes(p, 2).tolist() == [2, 3]
   assert statistics.worst_mistakes(p, 9).tolist() == [2, 3, 0]
-
-
-def test_two_class_metrics():
-  # Of class 1: probabilities 0.9 and 0.4; of class 0: 0.2, 0.6 and 0.3.
-  p = made([1, 1, 0, 0, 0], [1, 0, 0, 1, 0], [0.9, 0.6, 0.8, 0.6, 0.7])
-  found = statistics.two_class(p)
-  assert found == {
-    'balanced accuracy': pytest.approx((1 / 2 + 2 / 3) / 2),
-    'F1': pytest.approx(1 / 2),
-    'accuracy of always taking the larger class': pytest.approx(3 / 5),
-    'AUC': pytest.approx(5 / 6),
-  }
-  assert 'AUC' not in statistics.two_class(made([1, 1], [0, 1]))

@@ -522,6 +522,7 @@ def test_a_key_without_effect_is_refused_with_the_condition(name):
       r'^augment.repeats=200: at most batch_size=128',
     ),
     ({'optimizer.ema_decay': 1.0}, r'^optimizer.ema_decay=1.0: '),
+    ({'class_weights': (0.0, 0.0)}, r'^class_weights=\(0.0, 0.0\): one above 0'),
     (
       {'batch_size': 96, 'model.bn_group_size': 64},
       r'^model.bn_group_size=64 does not divide batch_size=96$',

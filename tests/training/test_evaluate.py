@@ -151,6 +151,13 @@ def test_what_two_classes_do_not_define_is_none():
   assert alarm(found, ('ant', 'bee')) == ''  # it is right
 
 
+def test_scores_that_are_not_finite_have_no_auc():
+  arrays, variables = split(classes=2), weights(classes=2)
+  variables['params']['head']['bias'] = jnp.array([jnp.nan, 0.0])
+  found = evaluated(Linear(num_classes=2), variables, arrays)
+  assert found['auc'] is None and np.isnan(found['loss'])
+
+
 def test_a_model_that_takes_all_images_for_one_class_raises_an_alarm():
   arrays, variables = split(), weights()
   found = evaluated(Linear(), variables, arrays)

@@ -297,8 +297,22 @@ def test_too_little_memory_is_told_with_a_batch_to_try(
   assert '\n' not in str(error.value)
 
 
+def test_too_little_memory_for_an_evaluation_names_its_own_key(config, tmp_path, monkeypatch):
+  def step(variables, batch):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')
+
+  monkeypatch.setattr(setup, 'make_eval_step', lambda *_, **__: step)
+  config.eval.batch_size = 40
+  message = 'eval.batch_size=40 is too large .*: try --config.eval.batch_size=16, or smaller images'
+  with pytest.raises(UserError, match=message):
+    loop.run(config, tmp_path / 'run')
+
+
 def test_another_error_of_xla_is_left_alone():
-  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'), told_of_memory(16, 8):
+  with (
+    pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'),
+    told_of_memory('batch_size', 16, 8),
+  ):
     raise jax.errors.JaxRuntimeError('INTERNAL: something else')
 
 

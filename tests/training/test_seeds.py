@@ -70,7 +70,7 @@ def test_what_does_not_go_with_seeds(seeds, trained, tmp_path):
   with pytest.raises(UserError, match='holds no run to evaluate'):
     loop.run(seeds, tmp_path, mode='eval')
   seeds.init_from = str(trained[1])
-  with pytest.raises(UserError, match='seeds=2 has no effect: .* weights have no seed'):
+  with pytest.raises(UserError, match='seeds=2: .* does not hold the run of every seed'):
     loop.run(seeds, tmp_path, mode='eval')
   seeds.seed = 2**32 - 1
   with pytest.raises(UserError, match='the last one is above 4294967295'):
