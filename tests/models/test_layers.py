@@ -127,6 +127,7 @@ def test_activations_against_pytorch(name, peer):
   expected = {
     'quick_gelu': x * torch.sigmoid(1.702 * x),
     'gelu': torch.nn.GELU()(x),
+    'gelu_tanh': torch.nn.GELU(approximate='tanh')(x),
   }[name]
   np.testing.assert_allclose(ACTIVATIONS[name](x.numpy()), expected.numpy(), rtol=1e-5, atol=1e-6)
 
