@@ -41,8 +41,8 @@ WRONG = {
   'no config': ([], r'--config=configs/NAME\.py is needed'),
   'unknown key': ([DIGITS, '--config.btch_size=3'], r"'btch_size', did you mean 'batch_size'\?"),
   'unknown key in a group': (
-    [DIGITS, '--config.model.deptsh=(1,)'],
-    r"'model\.deptsh', did you mean 'model\.depths'\?",
+    [DIGITS, '--config.model.kv_stride=(1,)'],
+    r"'model\.kv_stride', did you mean 'model\.kv_strides'\?",
   ),
   'key without its group': (
     [DIGITS, '--config.weight_decay=0'],
