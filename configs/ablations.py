@@ -18,20 +18,12 @@ The base is cvt-nano, for ten epochs. A variant differs from it in one thing:
 """
 
 from cvt_flax.errors import UserError
-from cvt_flax.training.recipes import cifar
+from cvt_flax.training.recipes import nano
 
 
 def get_config(variant='base'):
-  config = cifar('cifar10')
+  config = nano(10)
   config.name = f'ablations_{variant}'
-  config.batch_size = 128
-  config.epochs = 10
-  config.learning_rate = 2e-3
-  config.model.name = 'cvt-nano'
-  config.optimizer.warmup_epochs = 1
-  config.optimizer.min_learning_rate = 1e-5
-  config.optimizer.clip_norm = 1.0
-  config.optimizer.ema_decay = 0.998
   maps = (16, 8, 8)
   match variant:
     case 'base':

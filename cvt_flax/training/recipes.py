@@ -106,6 +106,20 @@ def cifar(name: str) -> ml_collections.ConfigDict:
   return config
 
 
+def nano(epochs: int) -> ml_collections.ConfigDict:
+  """Returns so many epochs of cvt-nano on CIFAR-10. All of it ours, chosen without trials."""
+  config = cifar('cifar10')
+  config.batch_size = 128
+  config.epochs = epochs
+  config.learning_rate = 2e-3
+  config.model.name = 'cvt-nano'
+  config.optimizer.warmup_epochs = 1
+  config.optimizer.min_learning_rate = 1e-5
+  config.optimizer.clip_norm = 1.0
+  config.optimizer.ema_decay = 0.998
+  return config
+
+
 def compact_vit(name: str, model: str) -> ml_collections.ConfigDict:
   """Returns 100 epochs of 'cvit' or 'mcvit' on 'cifar10' or 'cifar100'.
 
