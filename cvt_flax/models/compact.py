@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from cvt_flax.models.compact_options import CompactOptions, check_size, resolve_compact
 from cvt_flax.models.cvt import Mlp
-from cvt_flax.models.layers import DropPath, LayerNorm, SequencePool, dense_init
+from cvt_flax.models.layers import Dense, DropPath, LayerNorm, SequencePool, dense_init
 from cvt_flax.ops.attention import attention
 
 
@@ -90,7 +90,7 @@ class Attention(nn.Module):
     o = self.options
 
     def dense(features, use_bias, name):
-      return nn.Dense(features, use_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
+      return Dense(features, use_bias, dtype=self.dtype, name=name)
 
     qkv = dense(3 * o.embed_dim, o.qkv_bias, 'qkv')(x)
     q, k, v = rearrange(qkv, 'b n (p h d) -> p b n h d', p=3, h=o.num_heads)
@@ -221,7 +221,7 @@ class CompactViT(nn.Module):
     x = SequencePool(name='seq_pool')(x) if self.pool == 'seq' else jnp.mean(x, axis=1)
     if not self.num_classes:
       return x
-    return nn.Dense(self.num_classes, kernel_init=dense_init, name='head')(x)
+    return Dense(self.num_classes, name='head')(x)
 
   def _add_position(self, x):
     _, n, c = x.shape

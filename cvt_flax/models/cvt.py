@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from cvt_flax.models.layers import (
   ACTIVATIONS,
   BatchNorm,
+  Dense,
   DepthwiseConv,
   DropPath,
   LayerNorm,
@@ -106,13 +107,8 @@ class Attention(nn.Module):
       return jnp.concatenate([cls, rearrange(y, 'b h w c -> b (h w) c')], axis=1)
 
     def project(name, tokens):
-      y = nn.Dense(
-        o.num_heads * o.head_dim,
-        o.qkv_bias,
-        dtype=self.dtype,
-        kernel_init=dense_init,
-        name=f'proj_{name}',
-      )(tokens)
+      width = o.num_heads * o.head_dim
+      y = Dense(width, o.qkv_bias, dtype=self.dtype, name=f'proj_{name}')(tokens)
       return rearrange(y, 'b n (h d) -> b n h d', h=o.num_heads)
 
     q = (
@@ -141,7 +137,7 @@ class Attention(nn.Module):
     self.sow('intermediates', 'queries', q)
     self.sow('intermediates', 'keys', k)
     x = rearrange(attention(q, k, v, o.scale, dropout), 'b n h d -> b n (h d)')
-    x = nn.Dense(o.embed_dim, o.out_bias, dtype=self.dtype, kernel_init=dense_init, name='proj')(x)
+    x = Dense(o.embed_dim, o.out_bias, dtype=self.dtype, name='proj')(x)
     return nn.Dropout(o.drop_rate, deterministic=not train)(x)
 
 
@@ -156,7 +152,7 @@ class Mlp(nn.Module):
     o = self.options
 
     def dense(features, name):
-      return nn.Dense(features, o.mlp_bias, dtype=self.dtype, kernel_init=dense_init, name=name)
+      return Dense(features, o.mlp_bias, dtype=self.dtype, name=name)
 
     dropout = nn.Dropout(o.drop_rate, deterministic=not train)
     x = dropout(ACTIVATIONS[o.activation](dense(o.mlp_dim, 'fc1')(x)))
@@ -330,9 +326,8 @@ class CvT(nn.Module):
     x = SequencePool(name='seq_pool')(x) if self.pool == 'seq' else jnp.mean(x, axis=1)
     if not self.num_classes:
       return x
-    return nn.Dense(
+    return Dense(
       self.num_classes,
-      kernel_init=dense_init,
       bias_init=lambda key, shape, dtype: uniform_init(x.shape[-1])(key, shape, dtype),
       name='head',
     )(x)

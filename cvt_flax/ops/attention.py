@@ -9,9 +9,11 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-# Above this many bytes of scores an image, they are better computed twice than written to memory:
-# about what a CPU core's second-level cache holds. benchmarks/README.md has the measurement.
+# On a CPU, bytes of scores that are computed at once, about what a core's second-level cache holds,
+# and from how many on they are better computed twice than written to memory.
+# benchmarks/README.md has the measurement.
 _CACHE = 2**20
+_SPILL = 4 * _CACHE
 
 
 def attention(
@@ -23,8 +25,9 @@ def attention(
 ) -> Float[Array, 'b t h d']:
   """Returns, for every query, the mean of the values weighted by softmax(scale q k^T).
 
-  On CPU, long rows of scores are computed image by image, so that they stay in the cache, and again
-  for the gradient. Elsewhere, and with dropout, all scores are computed at once. The numbers agree.
+  On CPU, where there are many scores, they are computed for a few images at a time, so that they
+  stay in the cache, and again for the gradient. Elsewhere, and with dropout, all scores are computed
+  at once. The numbers agree.
 
   Args:
     q: queries.
@@ -36,15 +39,17 @@ def attention(
   Returns:
     The weighted values in v's dtype; scores and softmax are float32 whatever the inputs are.
   """
-  _, t, h, _ = q.shape
+  b, t, h, _ = q.shape
   whole = functools.partial(at_once, scale=scale, dropout=dropout)
-  if dropout or 4 * t * k.shape[1] * h <= _CACHE:
+  image = 4 * t * k.shape[1] * h  # bytes of scores
+  if dropout or b * image <= _SPILL:
     return whole(q, k, v)
-  return lax.platform_dependent(q, k, v, cpu=lambda *x: image_by_image(*x, scale), default=whole)
+  images = max(1, _CACHE // image)
+  return lax.platform_dependent(q, k, v, cpu=lambda *x: few_images(*x, scale, images), default=whole)
 
 
 def at_once(q, k, v, *, scale, dropout=None):
-  """The form for accelerators and short rows: two batched products.
+  """The form for accelerators and few scores: two batched products.
 
   The softmax's division comes after the second, where it is over d numbers a query in place of s.
   """
@@ -57,13 +62,13 @@ def at_once(q, k, v, *, scale, dropout=None):
   return rearrange((mixed / total).astype(v.dtype), 'b h t d -> b t h d')
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def image_by_image(q, k, v, scale):
-  """The form for CPU and long rows."""
-  return _forward(q, k, v, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def few_images(q, k, v, scale, images):
+  """The form for CPU and many scores: `images` images at a time."""
+  return _forward(q, k, v, scale, images)[0]
 
 
-def _forward(q, k, v, scale):
+def _forward(q, k, v, scale, images):
   def image(inputs):
     q, k, v = inputs
     scores = _product('thd,shd->hts', q * scale, k)
@@ -73,11 +78,11 @@ def _forward(q, k, v, scale):
     mixed = _product('hts,shd->htd', weights.astype(v.dtype), v) / total
     return rearrange(mixed.astype(v.dtype), 'h t d -> t h d'), top + jnp.log(total)
 
-  out, log_total = lax.map(image, (q, k, v))
+  out, log_total = lax.map(image, (q, k, v), batch_size=images)
   return out, (q, k, v, out, log_total)
 
 
-def _backward(scale, residuals, g):
+def _backward(scale, images, residuals, g):
   def image(inputs):
     q, k, v, out, log_total, g = inputs
     weights = jnp.exp(_product('thd,shd->hts', q * scale, k) - log_total)
@@ -90,10 +95,10 @@ def _backward(scale, residuals, g):
     dk = _product('hts,thd->shd', dscores, q * scale)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-  return lax.map(image, (*residuals, g))
+  return lax.map(image, (*residuals, g), batch_size=images)
 
 
-image_by_image.defvjp(_forward, _backward)
+few_images.defvjp(_forward, _backward)
 
 
 def _product(equation, a, b):

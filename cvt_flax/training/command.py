@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from cvt_flax.errors import Diverged, Interrupted, UserError, nearest
 from cvt_flax.training.config import keys, unknown_key
+from cvt_flax.training.hardware import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='the experiment, configs/NAME.py')
 _WORKDIR = flags.DEFINE_string(
@@ -28,6 +29,7 @@ def main() -> None:
   Exit codes: 0 done; 2 the input is wrong; 3 diverged; 75 stopped by SIGTERM, run me again;
   130 Ctrl-C, the state is saved; 1 anything else, with a traceback.
   """
+  keep_freed_memory()
   try:
     app.run(_main, flags_parser=_parse)
   except UserError as e:

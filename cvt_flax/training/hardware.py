@@ -1,14 +1,24 @@
 """What a run computes on, and a warning when it is less than the machine has."""
 
 import contextlib
+import ctypes
 import glob
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Iterator
 
 import jax
 
 from cvt_flax.errors import UserError
+
+# What says that a machine has an accelerator, and what jax on it needs.
+_ACCELERATORS = (
+  ('an NVIDIA GPU', '/dev/nvidia[0-9]*', 'requirements-cuda.txt'),
+  ('a TPU', '/dev/accel[0-9]*', 'requirements-tpu.txt'),
+)
+# mallopt's parameters and values, of glibc's malloc.h: -1 switches trimming off.
+_MALLOPT = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1), 'M_ARENA_MAX': (-8, 1)}
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -22,6 +32,20 @@ def describe() -> dict:
     'devices': [d.device_kind for d in jax.devices()],
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
   }
+
+
+def keep_freed_memory() -> None:
+  """On Linux without an accelerator, makes malloc keep what is freed; before jax sees its devices.
+
+  XLA on a CPU allocates its buffers anew in every step. By default they go back to the system each
+  time, whose pages then have to be cleared again, a third of the time of a small model's step
+  (benchmarks/README.md). It is the whole process that keeps its memory: a program's decision, not a
+  library's.
+  """
+  if sys.platform == 'linux' and not any(glob.glob(path) for _, path, _ in _ACCELERATORS):
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # musl has none
+    for parameter, value in _MALLOPT.values() if mallopt else ():
+      mallopt(parameter, value)
 
 
 @contextlib.contextmanager
@@ -61,11 +85,8 @@ def unused_accelerator() -> str:
   """Returns what to say when the machine has a GPU or TPU that jax does not see; else ''."""
   if jax.default_backend() != 'cpu':
     return ''
-  for kind, pattern, requirements in (
-    ('an NVIDIA GPU', '/dev/nvidia[0-9]*', 'requirements-cuda.txt'),
-    ('a TPU', '/dev/accel[0-9]*', 'requirements-tpu.txt'),
-  ):
-    if glob.glob(pattern):
+  for kind, path, requirements in _ACCELERATORS:
+    if glob.glob(path):
       return (
         f'WARNING: this machine has {kind}, but the installed jax computes on the CPU: '
         f'pip install -r {requirements}'

@@ -124,12 +124,13 @@ def compact_vit(name: str, model: str) -> ml_collections.ConfigDict:
   """Returns 100 epochs of 'cvit' or 'mcvit' on 'cifar10' or 'cifar100'.
 
   Batches and epochs are those of github.com/tintn/vision-transformer-from-scratch; the rest is
-  ours. A network this small underfits, so there is little regularisation.
+  ours. A network this small underfits, so there is little regularisation. Of the rates 3e-3 and
+  8e-3, tried for 12 epochs with mcvit on 'cifar10', the second was ahead by 5 points of validation.
   """
   config = cifar(name)
   config.batch_size = 256
   config.epochs = 100
-  config.learning_rate = 3e-3
+  config.learning_rate = 8e-3
   config.model.name = model
   config.optimizer.weight_decay = 0.02
   config.optimizer.warmup_epochs = 5

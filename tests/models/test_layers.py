@@ -1,5 +1,8 @@
 """The layers: against PyTorch's where it is installed, and by their definitions."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from jax import lax
 from cvt_flax.models.layers import (
   ACTIVATIONS,
   BatchNorm,
+  Dense,
   DepthwiseConv,
   DropPath,
   LayerNorm,
@@ -25,6 +29,28 @@ def batches(count, shape=(4, 3, 5, 6)):
 def close(actual, expected, tolerance=1e-5):
   assert actual.shape == expected.shape
   assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize('rows', [(), (4,), (2, 3), (2, 3, 5), (0, 3)])
+def test_dense_is_flax_s(rows):
+  x = np.random.default_rng(0).normal(size=(*rows, 6)).astype(np.float32)
+  ours = Dense(7)
+  variables = ours.init(jax.random.key(0), x)
+  expected = nn.Dense(7, kernel_init=dense_init)
+  assert jax.tree.all(
+    jax.tree.map(np.array_equal, variables, expected.init(jax.random.key(0), x))
+  )
+  actual, expected = ours.apply(variables, x), expected.apply(variables, x)
+  assert actual.shape == expected.shape
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_dense_kernel_transposes_nothing():
+  ours, x = Dense(7), np.ones((2, 3, 6), np.float32)
+  variables = ours.init(jax.random.key(0), x)
+  gradient = jax.jit(jax.grad(lambda v: jnp.sum(ours.apply(v, x) ** 2)))
+  compiled = gradient.lower(variables).compile().as_text()
+  assert 'dot(' in compiled and 'transpose(' not in re.sub('metadata={.*?}', '', compiled)
 
 
 def test_batch_norm_against_pytorch(peer):
