@@ -25,9 +25,8 @@ def attention(
 ) -> Float[Array, 'b t h d']:
   """Returns, for every query, the mean of the values weighted by softmax(scale q k^T).
 
-  On CPU, where there are many scores, they are computed for a few images at a time, so that they
-  stay in the cache, and again for the gradient. Elsewhere, and with dropout, all scores are computed
-  at once. The numbers agree.
+  On CPU, many scores are computed for a few images at a time, so that they stay in the cache, and
+  again for the gradient. Elsewhere, and with dropout, all are computed at once. The numbers agree.
 
   Args:
     q: queries.
@@ -44,8 +43,8 @@ def attention(
   image = 4 * t * k.shape[1] * h  # bytes of scores
   if dropout or b * image <= _SPILL:
     return whole(q, k, v)
-  images = max(1, _CACHE // image)
-  return lax.platform_dependent(q, k, v, cpu=lambda *x: few_images(*x, scale, images), default=whole)
+  few = functools.partial(few_images, scale=scale, images=max(1, _CACHE // image))
+  return lax.platform_dependent(q, k, v, cpu=few, default=whole)
 
 
 def at_once(q, k, v, *, scale, dropout=None):

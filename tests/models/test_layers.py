@@ -37,9 +37,7 @@ def test_dense_is_flax_s(rows):
   ours = Dense(7)
   variables = ours.init(jax.random.key(0), x)
   expected = nn.Dense(7, kernel_init=dense_init)
-  assert jax.tree.all(
-    jax.tree.map(np.array_equal, variables, expected.init(jax.random.key(0), x))
-  )
+  assert jax.tree.all(jax.tree.map(np.array_equal, variables, expected.init(jax.random.key(0), x)))
   actual, expected = ours.apply(variables, x), expected.apply(variables, x)
   assert actual.shape == expected.shape
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
