@@ -10,6 +10,7 @@ from flax import traverse_util
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
+from cvt_flax.ops.logits import num_classes
 from cvt_flax.weights import architecture, layouts, pretrained
 from cvt_flax.weights.description import same_classes
 from cvt_flax.weights.preprocessing import Preprocessing
@@ -66,7 +67,11 @@ def initial_variables(
   layouts.check(
     f'init_from={source}', *({'/'.join(p): s for p, s in t.items()} for t in (body, found))
   )
-  anew = f'; the head starts anew, for {len(class_names)} classes in place of {classes} others'
+  anew = '; the head starts anew, '
+  if same_classes(names, class_names):
+    anew += f'with {model.num_classes} logits in place of {classes}'
+  else:
+    anew += f'for {len(class_names)} classes in place of {num_classes(classes)} others'
   print(
     f'from {source} ({weights.kind}): {len(leaves)} of {len(shapes)} tensors{"" if same else anew}'
   )
