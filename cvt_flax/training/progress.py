@@ -3,18 +3,20 @@
 import sys
 import time
 
+from cvt_flax import terminal
+
 
 class Progress:
   """Images/s, loss and the time that is left.
 
-  A terminal gets one line that is written over about once a second, a log file one plain line at
-  every interval. The rate is over training steps alone: compilation, evaluation and checkpoints
-  do not count.
+  A terminal gets one line that is written over about once a second, a log file or a notebook one
+  plain line at every interval. The rate is over training steps alone: compilation, evaluation and
+  checkpoints do not count.
   """
 
   def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream=None):
     self._stream = stream or sys.stdout
-    self._tty = self._stream.isatty()
+    self._tty = terminal.is_terminal(self._stream)
     self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
     self._seconds, self._steps = 0.0, 0  # since the rate was last asked for
     self._all_seconds, self._all_steps = 0.0, 0
@@ -36,8 +38,7 @@ class Progress:
       self._last = now
     if self._tty and now - self._shown > 1:
       self._shown = now
-      self._stream.write(f'\r\x1b[K{self._line(step, loss)}')
-      self._stream.flush()
+      terminal.write_over(self._stream, self._line(step, loss))
 
   def images_per_second(self) -> float | None:
     """Returns the rate since the last call; None when there was no step to measure."""
