@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -37,10 +38,11 @@ def run(main: Callable[[], None]) -> None:
   Exit codes: 0 done; 2 the input is wrong; 3 diverged; 75 stopped by SIGTERM, run me again;
   130 Ctrl-C; 141 whoever read the output has gone; 1 anything else, with a traceback.
   """
+  signal.signal(signal.SIGINT, _ctrl_c)
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
   try:
-    from absl import logging  # here, so that Ctrl-C is answered from the first import on
+    from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every file and folder
     # A terminal that lacks a letter of a file's name is no reason to stop.
@@ -61,14 +63,39 @@ def run(main: Callable[[], None]) -> None:
       raise  # nothing that a line could name
     _exit(f'{e.filename or "output"}: {e.strerror}', 2)
   except KeyboardInterrupt:
-    _exit('Ctrl-C', 130)
+    _stop_at_once()
   finally:  # while Python ends, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _ctrl_c(number, frame):
+  """Raises KeyboardInterrupt; during an import, ends the program.
+
+  What is being imported may swallow the exception, or crash (NumPy and jaxlib do, half loaded).
+  """
+  above = frame
+  while above:
+    if above.f_code.co_filename == '<frozen importlib._bootstrap>':
+      _stop_at_once()
+    above = above.f_back
+  signal.default_int_handler(number, frame)
+
+
+def _stop_at_once():
+  """Ends the program as it stands: JAX, interrupted while it computes, may crash as Python ends."""
+  _tell('Ctrl-C')
+  for process in multiprocessing.active_children():
+    process.terminate()
+  os._exit(130)
+
+
 def _exit(error, code):
-  print(terminal.red(f'{_program()}: {error}', sys.stderr), file=sys.stderr)
+  _tell(error)
   sys.exit(code)
+
+
+def _tell(error):
+  print(terminal.red(f'{_program()}: {error}', sys.stderr), file=sys.stderr, flush=True)
 
 
 def _program():

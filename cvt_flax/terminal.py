@@ -27,7 +27,7 @@ def columns() -> int:
 
 def write_over(stream: TextIO, text: str) -> None:
   """Shows a line in place of the terminal's last; cut to its width, as no part of it may wrap."""
-  stream.write(f'\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}')
+  stream.write(f'\r\x1b[K{text[: columns() - 1]}')
   stream.flush()
 
 

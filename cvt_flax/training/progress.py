@@ -38,7 +38,10 @@ class Progress:
       self._last = now
     if self._tty and now - self._shown > 1:
       self._shown = now
-      terminal.write_over(self._stream, self._line(step, loss))
+      words = self._words(step, loss)
+      while len(words) > 2 and len('  '.join(words)) >= terminal.columns():
+        del words[1]  # of a narrow terminal's line the epoch and the time left stay
+      terminal.write_over(self._stream, '  '.join(words))
 
   def images_per_second(self) -> float | None:
     """Returns the rate since the last call; None when there was no step to measure."""
@@ -49,14 +52,14 @@ class Progress:
   def interval(self, step: int, loss: float) -> None:
     """Shows the line of an interval, in a log."""
     if not self._tty:
-      self.say(self._line(step, loss))
+      self.say('  '.join(self._words(step, loss)))
 
   def say(self, text: str) -> None:
     """Shows a line that stays."""
     self._stream.write(f'\r\x1b[K{text}\n' if self._tty else f'{text}\n')
     self._stream.flush()
 
-  def _line(self, step, loss):
+  def _words(self, step, loss):
     words = [
       f'epoch {step / self._per_epoch:.2f}/{self._total / self._per_epoch:.4g}',
       f'step {step}/{self._total}',
@@ -66,7 +69,7 @@ class Progress:
       rate = self._all_steps / self._all_seconds
       left = (self._total - step) / rate
       words += [f'{rate * self._batch:,.0f} images/s', f'{_duration(left)} left']
-    return '  '.join(words)
+    return words
 
 
 def _duration(seconds):
