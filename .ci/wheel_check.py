@@ -44,8 +44,8 @@ def main():
 
     config = importlib.import_module('cvt_flax.configs.digits').get_config()
     arrays = {'x': rng.integers(0, 256, (64, 32, 32, 3), 'uint8'), 'y': np.arange(64) % 4}
-    splits = {f'{name}_{part}': value for part in ('train', 'test') for name, value in arrays.items()}
-    np.savez(folder / 'arrays.npz', **splits)
+    parts = {f'{name}_{part}': arrays[name] for name in arrays for part in ('train', 'test')}
+    np.savez(folder / 'arrays.npz', **parts)
     config.source = f'npz:{folder}/arrays.npz'
     config.batch_size = 16
     config.steps, config.epochs = 2, 10
