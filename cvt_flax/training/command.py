@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.training import command_help
-from cvt_flax.training.config import freeze, keys, unknown_key
+from cvt_flax.training.config import keys, unknown_key
 from cvt_flax.training.hardware import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='the experiment, configs/NAME.py')
@@ -72,7 +72,7 @@ def _parse(argv):
   except Exception as e:
     raise _config_error(path, e) from e
   if help_is_wanted:
-    print(command_help.help_text(path, freeze(_config(path)) if path else None))
+    print(command_help.help_text(path, _config(path) if path else None))
     sys.exit(0)
   return rest
 

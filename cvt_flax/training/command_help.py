@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import itertools
 import operator
 import pathlib
@@ -11,8 +12,11 @@ import textwrap
 import typing
 from collections.abc import Iterable, Mapping
 
+import ml_collections
+
 from cvt_flax import terminal
-from cvt_flax.training.config import TrainConfig, keys
+from cvt_flax.errors import UserError
+from cvt_flax.training.config import TrainConfig, get_config, keys
 
 _USAGE = """\
 usage: python train.py --config=configs/NAME.py[:VARIANT] [--workdir=DIR]
@@ -42,13 +46,19 @@ _EXIT_CODES = {
 }
 
 
-def help_text(path: pathlib.Path | None = None, config: TrainConfig | None = None) -> str:
+def help_text(
+  path: pathlib.Path | None = None, config: ml_collections.ConfigDict | None = None
+) -> str:
   """Returns what --help prints, for the terminal's width.
 
   Args:
     path: the file of --config, whose docstring comes along; None where none is given.
     config: what it and the flags make of the keys; None for their defaults.
+
+  Raises:
+    UserError: the config lacks a key.
   """
+  config = config or get_config()
   width = terminal.columns()
   lines = [_USAGE]
   if path and (doc := _docstring(path)):
@@ -64,7 +74,7 @@ def help_text(path: pathlib.Path | None = None, config: TrainConfig | None = Non
     lines += ['', textwrap.fill(f'{group or "top level"}: {about}', width)]
     entries = {}
     for name, field, _ in members:
-      value = operator.attrgetter(name)(config or TrainConfig())
+      value = _value(config, name)
       entries[f'--config.{name}={_as_argument(value)}'] = _meaning(field, value)
     lines += _table(entries, 40, width)
   return '\n'.join(lines)
@@ -97,6 +107,13 @@ def _parsed(path):
 
 def _docstring(path):
   return ast.get_docstring(_parsed(path)) or ''
+
+
+def _value(config, name):
+  try:
+    return functools.reduce(operator.getitem, name.split('.'), config)
+  except KeyError as e:
+    raise UserError(f'config lacks the key {name!r}: start from get_config()') from e
 
 
 def _meaning(field: dataclasses.Field, value: object) -> str:

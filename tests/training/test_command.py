@@ -1,5 +1,6 @@
 """The command line: what a person is told, in one line, and the exit code."""
 
+import dataclasses
 import inspect
 import pathlib
 import re
@@ -10,9 +11,10 @@ import sys
 
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
 from cvt_flax.errors import UserError
-from cvt_flax.training import command, command_help
+from cvt_flax.training import command_help
 from cvt_flax.training.config import TrainConfig, freeze, get_config, keys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -167,16 +169,18 @@ def test_help_lists_every_key_with_its_default(outcomes):
   assert max(map(len, out.splitlines())) <= 80  # where there is no terminal
 
 
-def test_defaults_are_shown_as_they_can_be_given():
-  text = command_help.help_text()
-  shown = [line.split('  ')[1] for line in text.splitlines() if line.startswith('  --config.')]
-  shown = [word for line in shown for word in shlex.split(line) if '.KEY' not in word]
-  config = command.config_flags.DEFINE_config_dict(
-    'config', get_config(), flag_values=(values := flags.FlagValues())
-  )
-  values(['train.py', *shown])
+def test_defaults_are_shown_as_they_can_be_given(monkeypatch):
+  monkeypatch.setenv('COLUMNS', '100')
+  lines = command_help.help_text().splitlines()
+  words = [shlex.split(line[2:].split('  ')[0]) for line in lines if line[:11] == '  --config.']
+  shown = [word for (word,) in words if 'KEY' not in word]
   assert len(shown) == len(list(keys()))
-  assert freeze(config.value) == TrainConfig()
+  arguments = ['train.py', *shown, '--config.source=digits']
+  monkeypatch.setattr(sys, 'argv', arguments)  # where ml_collections looks for overrides
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict('config', get_config(), flag_values=values)
+  values(arguments)
+  assert freeze(values.config) == dataclasses.replace(TrainConfig(), source='digits')
 
 
 @pytest.mark.parametrize('columns', [40, 72, 100, 200])
@@ -219,7 +223,7 @@ def test_variants_that_are_listed_are_those_that_there_are(path):
     assert not inspect.signature(namespace['get_config']).parameters
     return
   for variant in variants:
-    freeze(namespace['get_config'](variant))
+    assert variant in command_help.help_text(path, namespace['get_config'](variant))
   with pytest.raises(UserError) as error:
     namespace['get_config']('no such variant')
   assert all(variant in str(error.value) for variant in variants)
