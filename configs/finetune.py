@@ -1,4 +1,4 @@
-"""Fine-tuning at 384x384 as the paper does it, on ImageNet-1k, CIFAR-10 and -100, Pets or Flowers.
+r"""Fine-tuning at 384x384 as the paper does it, on ImageNet-1k, CIFAR-10 and -100, Pets or Flowers.
 
   python train.py --config=configs/finetune.py:imagenet --config.init_from=WEIGHTS
   python train.py --config=configs/finetune.py:flowers --config.init_from=WEIGHTS \

@@ -1,4 +1,4 @@
-"""CvT-13 on your own images, 224x224, from scratch or from weights.
+r"""CvT-13 on your own images, 224x224, from scratch or from weights.
 
   python train.py --config=configs/own_images.py --config.source=folder:DIR
   python train.py --config=configs/own_images.py --config.source=csv:FILE

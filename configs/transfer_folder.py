@@ -1,4 +1,4 @@
-"""CvT-13 from weights to your own classes, at 224x224: all of it, or a new head alone.
+r"""CvT-13 from weights to your own classes, at 224x224: all of it, or a new head alone.
 
   python train.py --config=configs/transfer_folder.py --config.source=folder:DIR \
     --config.init_from=WEIGHTS

@@ -1,9 +1,8 @@
 """python -m cvt_flax.convert SRC DST: weights between PyTorch and Flax, both ways."""
 
 import argparse
-import sys
 
-from cvt_flax import command_line
+from cvt_flax import command_line, terminal
 
 _EPILOG = """\
 SRC is a .pth file of the authors' code or of vit-pytorch, a folder of Hugging Face
@@ -63,9 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _progress(done, total):
-  if total >= _SHOW_PROGRESS_FROM and sys.stderr.isatty():
-    end = '\n' if done == total else ''
-    print(f'\rread {done / 1e6:,.0f} of {total / 1e6:,.0f} M numbers', end=end, file=sys.stderr)
+  if total >= _SHOW_PROGRESS_FROM:
+    terminal.count(f'read {done / 1e6:,.0f} of {total / 1e6:,.0f} M numbers', done == total)
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 
 from cvt_flax import command_line
 from cvt_flax.errors import UserError
-from cvt_flax.weights import files
 
 if typing.TYPE_CHECKING:
   from cvt_flax.weights.pretrained import Weights
@@ -177,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
   output.add_argument('--csv', metavar='FILE', help='write a line for each class of each image')
   options = parser.parse_args(arguments)
 
-  from cvt_flax.weights import pretrained
+  from cvt_flax.weights import files, pretrained
 
   if options.csv == '':
     raise UserError('--csv=: the name of a file is needed')
@@ -210,6 +209,8 @@ def _show_table(prediction):
 
 
 def _write_csv(path, predictions):
+  from cvt_flax.weights import files
+
   with files.new_path(path) as new, new.open('w', newline='', encoding='utf-8') as file:
     writer = csv.writer(file)
     writer.writerow(['image', 'rank', 'class', 'name', 'probability'])

@@ -1,9 +1,8 @@
 """python -m cvt_flax.prepare SOURCE NAME: image files as a TFDS data set in ArrayRecord form."""
 
 import argparse
-import sys
 
-from cvt_flax import command_line
+from cvt_flax import command_line, terminal
 
 _EPILOG = """\
 SOURCE is folder:DIR or csv:FILE, as for training. NAME is new, and is read as tfds:NAME
@@ -51,9 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _progress(done, total):
-  if sys.stderr.isatty():
-    end = '\n' if done == total else ''
-    print(f'\r{done:,} of {total:,} files written', end=end, file=sys.stderr)
+  terminal.count(f'{done:,} of {total:,} files written', done == total)
 
 
 if __name__ == '__main__':

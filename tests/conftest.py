@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 import types
 
@@ -140,3 +141,11 @@ def threads_decode():
     if importlib.util.find_spec('grain'):  # which the environment of Apache Beam lacks
       patch.setattr('cvt_flax.data.stream._workers', lambda cores_for_threads: 0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+  """Command lines, run in the process of the tests, change what Ctrl-C does."""
+  before = signal.getsignal(signal.SIGINT)
+  yield
+  signal.signal(signal.SIGINT, before)

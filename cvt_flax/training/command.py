@@ -1,16 +1,16 @@
-"""The command line of train.py: flags, errors in one line, exit codes."""
+"""The command line of train.py: its flags, and their errors in one line."""
 
-import ast
 import itertools
 import pathlib
 import re
 import sys
 import traceback
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from cvt_flax.errors import Diverged, Interrupted, UserError, nearest
+from cvt_flax.errors import UserError, nearest
+from cvt_flax.training import command_help
 from cvt_flax.training.config import keys, unknown_key
 from cvt_flax.training.hardware import keep_freed_memory
 
@@ -20,46 +20,23 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'what to do')
 _LIST = flags.DEFINE_bool('list-configs', False, 'list the experiments that come along')
+_HELP = {'--help', '-help', '-h', '--helpfull', '--helpshort'}  # absl's
 _CONFIG_IS_NEEDED = '--config=configs/NAME.py is needed; --list-configs lists them, --help explains'
 
 
 def main() -> None:
-  """Runs train.py's command line and exits.
-
-  Exit codes: 0 done; 2 the input is wrong; 3 diverged; 75 stopped by SIGTERM, run me again;
-  130 Ctrl-C, the state is saved; 1 anything else, with a traceback.
-  """
+  """Runs train.py's command line; `cvt_flax.command_line.run` has its exit codes."""
   keep_freed_memory()
-  try:
-    app.run(_main, flags_parser=_parse)
-  except UserError as e:
-    _exit(e, 2)
-  except Diverged as e:
-    _exit(e, 3)
-  except Interrupted as e:
-    _exit(e, e.exit_code)
-  except KeyboardInterrupt:  # before the first step, or a second time
-    _exit('Ctrl-C', 130)
-
-
-def _exit(error, code):
-  print(f'train.py: {error}', file=sys.stderr)
-  sys.exit(code)
+  app.run(_main, flags_parser=_parse)
 
 
 def _main(argv):
   if argv[1:]:
     raise UserError(f'{argv[1]!r}: all arguments are flags, such as --config=configs/digits.py')
   if _LIST.value:
-    print('\n'.join(_described_configs()))
+    print(command_help.list_text(_configs()))
     return
-  path = _config_path(sys.argv)
-  if _CONFIG.value is None:
-    raise UserError(f'{path}: get_config() returns nothing' if path else _CONFIG_IS_NEEDED)
-  try:
-    config = _CONFIG.value.copy_and_resolve_references()
-  except OSError as e:  # of the file's own; config_flags keeps it until now
-    raise _config_error(path, e.__cause__) from e
+  config = _config(_config_path(sys.argv))
   from cvt_flax.training.loop import run  # here, so that a wrong flag is told at once
 
   run(config, _WORKDIR.value, _MODE.value)
@@ -67,9 +44,8 @@ def _main(argv):
 
 def _parse(argv):
   """Parses flags as absl does, with its errors and those of config_flags made ours."""
-  if {'--help', '-help', '-h', '--helpfull', '--helpshort'} & set(argv[1:]):
-    print('\n'.join(_help()))
-    sys.exit(0)
+  help_is_wanted = bool(_HELP & set(argv[1:]))
+  argv = [argument for argument in argv if argument not in _HELP]
   path = _config_path(argv)
   known = {name for name, _, _ in keys()}
   groups = {name.partition('.')[0] for name in known if '.' in name}
@@ -84,10 +60,8 @@ def _parse(argv):
   if path and not path.is_file():
     shipped = [str(p) for p in _configs()]
     raise UserError(f'--config={path}: there is no such file{nearest(str(path), shipped)}')
-  # Orbax tells of every file, and warns of checkpoints between evaluations, which have no metric.
-  logging.set_verbosity(logging.ERROR)
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
   except UserError:
     raise
   except flags.Error as e:
@@ -97,6 +71,20 @@ def _parse(argv):
     raise _config_error(path, e.__context__.__context__) from e
   except Exception as e:
     raise _config_error(path, e) from e
+  if help_is_wanted:
+    print(command_help.help_text(path, _config(path) if path else None))
+    sys.exit(0)
+  return rest
+
+
+def _config(path):
+  """Returns what --config and the flags for its keys make together."""
+  if _CONFIG.value is None:
+    raise UserError(f'{path}: get_config() returns nothing' if path else _CONFIG_IS_NEEDED)
+  try:
+    return _CONFIG.value.copy_and_resolve_references()
+  except OSError as e:  # of the file's own; config_flags keeps it until now
+    raise _config_error(path, e.__cause__) from e
 
 
 def _config_path(argv):
@@ -127,20 +115,3 @@ def _one_line(error):
 def _configs():
   folder = pathlib.Path(sys.argv[0]).parent / 'configs'
   return sorted(p for p in folder.glob('*.py') if p.stem != '__init__')
-
-
-def _described_configs():
-  for path in _configs():
-    yield f'{path}  {(ast.get_docstring(ast.parse(path.read_text())) or "").partition(chr(10))[0]}'
-
-
-def _help():
-  yield 'python train.py --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--mode=train|eval]'
-  yield '    [--list-configs] [--config.KEY=VALUE ...]'
-  yield ''
-  yield 'A run folder that holds an unfinished run of the same config is gone on with.'
-  yield ''
-  yield 'Keys, with their defaults before the config changes them:'
-  for name, field, _ in keys():
-    yield f'  --config.{name}={field.default!r}'
-    yield f'      {field.metadata["doc"]}'

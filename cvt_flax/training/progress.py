@@ -3,18 +3,20 @@
 import sys
 import time
 
+from cvt_flax import terminal
+
 
 class Progress:
   """Images/s, loss and the time that is left.
 
-  A terminal gets one line that is written over about once a second, a log file one plain line at
-  every interval. The rate is over training steps alone: compilation, evaluation and checkpoints
-  do not count.
+  A terminal gets one line that is written over about once a second, a log file or a notebook one
+  plain line at every interval. The rate is over training steps alone: compilation, evaluation and
+  checkpoints do not count.
   """
 
   def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream=None):
     self._stream = stream or sys.stdout
-    self._tty = self._stream.isatty()
+    self._tty = terminal.is_terminal(self._stream)
     self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
     self._seconds, self._steps = 0.0, 0  # since the rate was last asked for
     self._all_seconds, self._all_steps = 0.0, 0
@@ -36,8 +38,10 @@ class Progress:
       self._last = now
     if self._tty and now - self._shown > 1:
       self._shown = now
-      self._stream.write(f'\r\x1b[K{self._line(step, loss)}')
-      self._stream.flush()
+      words = self._words(step, loss)
+      while len(words) > 2 and len('  '.join(words)) >= terminal.columns():
+        del words[1]  # of a narrow terminal's line the epoch and the time left stay
+      terminal.write_over(self._stream, '  '.join(words))
 
   def images_per_second(self) -> float | None:
     """Returns the rate since the last call; None when there was no step to measure."""
@@ -48,14 +52,14 @@ class Progress:
   def interval(self, step: int, loss: float) -> None:
     """Shows the line of an interval, in a log."""
     if not self._tty:
-      self.say(self._line(step, loss))
+      self.say('  '.join(self._words(step, loss)))
 
   def say(self, text: str) -> None:
     """Shows a line that stays."""
     self._stream.write(f'\r\x1b[K{text}\n' if self._tty else f'{text}\n')
     self._stream.flush()
 
-  def _line(self, step, loss):
+  def _words(self, step, loss):
     words = [
       f'epoch {step / self._per_epoch:.2f}/{self._total / self._per_epoch:.4g}',
       f'step {step}/{self._total}',
@@ -65,7 +69,7 @@ class Progress:
       rate = self._all_steps / self._all_seconds
       left = (self._total - step) / rate
       words += [f'{rate * self._batch:,.0f} images/s', f'{_duration(left)} left']
-    return '  '.join(words)
+    return words
 
 
 def _duration(seconds):

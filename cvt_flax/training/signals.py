@@ -35,4 +35,5 @@ class Signals:
 
   def interruption(self, what: str) -> Interrupted:
     """Returns the exception to raise, with `what` is to be told of the state of things."""
-    return Interrupted(f'{self.received.name}: {what}', _EXIT_CODES[self.received])
+    name = 'Ctrl-C' if self.received == signal.SIGINT else self.received.name
+    return Interrupted(f'{name}: {what}', _EXIT_CODES[self.received])

@@ -1,14 +1,21 @@
 """The command line: what a person is told, in one line, and the exit code."""
 
+import dataclasses
+import inspect
 import pathlib
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from cvt_flax.training import command
-from cvt_flax.training.config import keys
+from cvt_flax.errors import UserError
+from cvt_flax.training import command_help
+from cvt_flax.training.config import TrainConfig, freeze, get_config, keys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = '--config=configs/digits.py'
@@ -104,7 +111,11 @@ WRONG = {
   'value out of range': ([DIGITS, '--config.augment.label_smoothing=2'], r'at most 1\.0'),
   'nothing to evaluate': ([DIGITS, '--mode=eval'], r'holds no run to evaluate'),
 }
-RIGHT = {'help': ['--help'], 'list': ['--list-configs']}
+RIGHT = {
+  'help': ['--help'],
+  'help of a config': [DIGITS, '--config.batch_size=32', '--help'],
+  'list': ['--list-configs'],
+}
 CONCURRENT = 3
 
 
@@ -150,45 +161,69 @@ def test_wrong_input_is_told_in_one_line(outcomes, name):
 def test_help_lists_every_key_with_its_default(outcomes):
   code, out, err = outcomes['help']
   assert (code, err) == (0, '')
+  words = ' '.join(out.split())  # as wide as the terminal is, a doc is on several lines
   for name, field, _ in keys():
-    assert f'  --config.{name}={field.default!r}\n      {field.metadata["doc"]}\n' in out
-  assert '--mode=train|eval' in out
+    assert f' --config.{name}={shlex.quote(str(field.default))} ' in words
+    assert ' '.join(field.metadata['doc'].split()) in words
+  assert '--mode=train|eval' in out and '130' in out
+  assert max(map(len, out.splitlines())) <= 80  # where there is no terminal
+
+
+def test_defaults_are_shown_as_they_can_be_given(monkeypatch):
+  monkeypatch.setenv('COLUMNS', '100')
+  lines = command_help.help_text().splitlines()
+  words = [shlex.split(line[2:].split('  ')[0]) for line in lines if line[:11] == '  --config.']
+  shown = [word for (word,) in words if 'KEY' not in word]
+  assert len(shown) == len(list(keys()))
+  arguments = ['train.py', *shown, '--config.source=digits']
+  monkeypatch.setattr(sys, 'argv', arguments)  # where ml_collections looks for overrides
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict('config', get_config(), flag_values=values)
+  values(arguments)
+  assert freeze(values.config) == dataclasses.replace(TrainConfig(), source='digits')
+
+
+@pytest.mark.parametrize('columns', [40, 72, 100, 200])
+def test_help_is_as_wide_as_the_terminal(monkeypatch, columns):
+  monkeypatch.setenv('COLUMNS', str(columns))
+  text = command_help.help_text()
+  keys_at = text.index('Keys and')
+  prose = [line for line in text[keys_at:].splitlines() if '--config.' not in line]
+  assert 30 < max(map(len, prose)) <= min(columns, 100)
+
+
+def test_help_of_a_config_has_its_own_values(outcomes):
+  code, out, err = outcomes['help of a config']
+  assert (code, err) == (0, '')
+  assert "A small CvT on scikit-learn's handwritten digits" in out
+  words = ' '.join(out.split())
+  assert '--config.source=digits tfds:' in words
+  assert '--config.batch_size=32 images a step, over all devices (by default 128)' in words
+  assert '--config.seed=0 of everything that is random --config' in words
 
 
 def test_list_configs_lists_what_comes_along(outcomes):
   code, out, err = outcomes['list']
   assert (code, err) == (0, '')
-  lines = [line.split('  ', 1) for line in out.splitlines()]
-  listed = {pathlib.Path(path).name: text for path, text in lines}
+  listed, starts = {}, set()
+  for line in out.splitlines():
+    path, about = re.fullmatch(r'(\S+)  +(.*\.)', line).groups()
+    listed[pathlib.Path(path).name] = about
+    starts.add(line.index(about))
   shipped = {p.name for p in (ROOT / 'configs').glob('*.py')} - {'__init__.py'}
-  assert set(listed) == shipped
-  assert all(text.endswith('.') for text in listed.values())
+  assert set(listed) == shipped and len(starts) == 1
+  assert listed['cvt13_cifar10.py'] == 'CvT-13 on CIFAR-10. Variants: small_images.'
 
 
-def exit_code_of(monkeypatch, capsys, error):
-  def fail(*args, **kwargs):
-    raise error
-
-  monkeypatch.setattr(command.app, 'run', fail)
-  with pytest.raises(SystemExit) as exited:
-    command.main()
-  return exited.value.code, capsys.readouterr().err
-
-
-def test_every_end_of_a_run_has_its_exit_code(monkeypatch, capsys):
-  for error, code in (
-    (command.UserError('wrong'), 2),
-    (command.Diverged('the loss is nan at step 3'), 3),
-    (command.Interrupted('SIGTERM: saved step 3', 75), 75),
-    (command.Interrupted('SIGINT: saved step 3', 130), 130),
-  ):
-    assert exit_code_of(monkeypatch, capsys, error) == (code, f'train.py: {error}\n')
-
-
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-  def fail(*args, **kwargs):
-    raise ZeroDivisionError
-
-  monkeypatch.setattr(command.app, 'run', fail)
-  with pytest.raises(ZeroDivisionError):
-    command.main()
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
+def test_variants_that_are_listed_are_those_that_there_are(path):
+  namespace = runpy.run_path(str(path))
+  variants = command_help.variants_of(path)
+  if not variants:
+    assert not inspect.signature(namespace['get_config']).parameters
+    return
+  for variant in variants:
+    assert variant in command_help.help_text(path, namespace['get_config'](variant))
+  with pytest.raises(UserError) as error:
+    namespace['get_config']('no such variant')
+  assert all(variant in str(error.value) for variant in variants)

@@ -197,6 +197,35 @@ def test_a_terminal_gets_one_line_that_is_written_over_about_once_a_second(clock
   assert stream.getvalue() == text + '\r\x1b[Kdone\n'
 
 
+@pytest.mark.parametrize(
+  ('columns', 'line'),
+  [
+    (100, 'epoch 0.40/3  step 40/300  loss 0.5000  256 images/s  1:05 left'),
+    (60, 'epoch 0.40/3  loss 0.5000  256 images/s  1:05 left'),
+    (40, 'epoch 0.40/3  256 images/s  1:05 left'),
+    (24, 'epoch 0.40/3  1:05 left'),
+    (12, 'epoch 0.40/'),
+  ],
+)
+def test_a_narrow_terminal_gets_what_fits(clock, monkeypatch, columns, line):
+  monkeypatch.setenv('COLUMNS', str(columns))
+  stream = Terminal()
+  shown = Progress(total_steps=300, steps_per_epoch=100, batch_size=64, stream=stream)
+  shown.start()
+  take_steps(shown, clock, range(1, 41), seconds=0.25)
+  assert stream.getvalue().split('\r\x1b[K')[-1] == line
+
+
+def test_a_terminal_that_cannot_write_over_a_line_gets_a_log(clock, monkeypatch):
+  monkeypatch.setenv('TERM', 'dumb')
+  stream = Terminal()
+  shown = Progress(total_steps=300, steps_per_epoch=100, batch_size=64, stream=stream)
+  shown.start()
+  take_steps(shown, clock, range(1, 41), seconds=0.25)
+  shown.interval(40, 0.5)
+  assert stream.getvalue().startswith('epoch 0.40/3') and stream.getvalue().endswith('left\n')
+
+
 def test_what_is_not_a_training_step_does_not_count(clock):
   shown = Progress(300, 100, 64, io.StringIO())
   clock.now += 100  # compilation

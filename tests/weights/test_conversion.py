@@ -318,7 +318,7 @@ def test_big_files_show_progress(monkeypatch, capsys):
   convert._progress(10_000_000, 277_000_000)
   convert._progress(277_000_000, 277_000_000)
   err = capsys.readouterr().err
-  assert err == '\rread 10 of 277 M numbers\rread 277 of 277 M numbers\n'
+  assert err == '\r\x1b[Kread 10 of 277 M numbers\r\x1b[Kread 277 of 277 M numbers\n'
 
 
 def test_an_odd_model_there_and_back(tmp_path):
