@@ -50,7 +50,7 @@ __all__ = [
 _DPI = 110
 _TEXT = 9  # points
 # Compute capability; CUDA C++ Programming Guide, throughput of native arithmetic instructions.
-_BFLOAT16_FROM = (8, 0)
+_BFLOAT16_FROM = 8
 
 
 def describe_devices() -> str:
@@ -66,9 +66,7 @@ def describe_devices() -> str:
     f'jax {jax.__version__} computes on the CPU, {os.cpu_count()} cores. All below works, with a '
     'smaller network to train.'
   ]
-  lines.append(
-    unused_accelerator() or 'On Colab: Runtime > Change runtime type > a TPU or a GPU.'
-  )
+  lines.append(unused_accelerator() or 'On Colab: Runtime > Change runtime type > a TPU or a GPU.')
   return '\n'.join(lines)
 
 
@@ -83,8 +81,8 @@ def compute_dtype() -> str:
     case 'tpu':
       return 'bfloat16'
     case 'gpu':
-      has = tuple(map(int, str(getattr(device, 'compute_capability', '0')).split('.')))
-      return 'bfloat16' if has >= _BFLOAT16_FROM else 'float32'
+      major = str(getattr(device, 'compute_capability', '')).partition('.')[0]
+      return 'bfloat16' if major.isdigit() and int(major) >= _BFLOAT16_FROM else 'float32'
     case _:
       return 'float32'
 
@@ -101,7 +99,7 @@ def draw_model(model: CvT, image_size: int) -> Figure:
   if not isinstance(model, CvT):
     raise UserError(f'draw_model draws the stages of a CvT, not a {type(model).__name__}')
   stages = stage_geometry(model, image_size, image_size)
-  figure = _figure(2.3 * (len(stages) + 1) + 0.5, 3.3)
+  figure = _figure(2.3 * len(stages) + 2.3, 2.8)
   axes = figure.add_axes((0, 0, 1, 1))
   axes.set_axis_off()
   sides = [np.sqrt(size) for size in (image_size, *(s.width for s in stages))]
@@ -110,14 +108,15 @@ def draw_model(model: CvT, image_size: int) -> Figure:
   deep = 0.45 / max(depths)
   title = f'{image_size}×{image_size}×{model.in_channels}'
   _draw_block(axes, 0, sides[0] * unit, depths[0] * deep, image_size, LIGHT.faint)
-  _write(axes, 0, 'image', title, [])
+  count = multiply_adds(model, image_size, image_size)
+  _write(axes, 0, 'image', title, [f'{count / 1e6:,.0f} million', 'multiply-adds'])
   for i, stage in enumerate(stages, start=1):
     x = 2.3 * i
     color = LIGHT.lines[(i - 1) % len(LIGHT.lines)]
     _draw_block(axes, x, sides[i] * unit, depths[i] * deep, stage.width, color)
     if stage.options.cls_token:
-      _draw_block(axes, x + 0.85, 0.12, depths[i] * deep, 1, LIGHT.lines[4])
-      axes.text(x + 0.9, 0.24, 'class\ntoken', ha='center', va='bottom', fontsize=7)
+      _draw_block(axes, x + 0.9, 0.12, depths[i] * deep, 1, LIGHT.lines[4])
+      axes.text(x + 0.95, -0.14, 'class\ntoken', ha='center', va='top', fontsize=7.5)
     o = stage.options
     arrow = FancyArrowPatch(
       (x - 1.5, 0), (x - 0.78, 0), arrowstyle='-|>', mutation_scale=11, color=LIGHT.text
@@ -128,16 +127,8 @@ def draw_model(model: CvT, image_size: int) -> Figure:
     size = f'{stage.height}×{stage.width}×{o.embed_dim}'
     _write(axes, x, f'stage {i}', size, _stage_lines(stage))
   axes.set_xlim(-0.95, 2.3 * len(stages) + 1.35)
-  axes.set_ylim(-2.0, 1.3)
+  axes.set_ylim(-1.95, 0.85)
   axes.set_aspect('equal')
-  count = multiply_adds(model, image_size, image_size)
-  axes.text(
-    -0.85,
-    -1.9,
-    f'{count / 1e9:.2f} billion multiply-adds an image',
-    fontsize=8,
-    color=LIGHT.text,
-  )
   return figure
 
 
@@ -310,7 +301,9 @@ def show_report(folder: str | pathlib.Path, *names: str) -> Image.Image:
   known = sorted(p.stem for p in report.glob('*.png') if not p.stem.endswith('-dark'))
   if not known:
     raise UserError(f'{report} holds no figures: python -m cvt_flax.report {folder} draws them')
-  for name in names or [known[0]]:
+  if not names:
+    raise UserError(f'show_report: a name is needed: one of {", ".join(known)}')
+  for name in names:
     if name not in known:
       raise UserError(f'{report}/{name}.png: one of {", ".join(known)}{nearest(name, known)}')
   found = [Image.open(report / f'{name}.png').convert('RGBA') for name in names]

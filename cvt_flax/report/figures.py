@@ -161,18 +161,23 @@ def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
 
 
 def gallery(theme: Theme, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
-  """Returns pictures, uint8 [h w 3], in rows, each above its caption."""
-  columns = min(len(pictures), _GALLERY_COLUMNS)
-  rows = -(-len(pictures) // columns)
-  figure = Figure(figsize=(1.75 * columns, 2.05 * rows), layout='constrained')
+  """Returns pictures, uint8 [h w 3], in rows, each above its caption; 'none' without any."""
+  columns = max(1, min(len(pictures), _GALLERY_COLUMNS))
+  rows = max(1, -(-len(pictures) // columns))
+  figure = Figure(figsize=(1.6 * columns, 2.05 * rows), layout='constrained')
   FigureCanvasAgg(figure)
   for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-    axes.set_axis_off()
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.patch.set_visible(False)
     if i < len(pictures):
       exact = pictures[i].shape[1] <= _LARGEST_EXACT
       axes.imshow(pictures[i], interpolation='nearest' if exact else 'antialiased')
-      caption = axes.set_title(captions[i], y=-0.02, va='top', fontsize=_TEXT, color=theme.text)
+      caption = axes.set_xlabel(captions[i], fontsize=_TEXT, color=theme.text)
       caption.set_parse_math(False)
+  if not pictures:
+    figure.text(0.5, 0.5, 'none', ha='center', color=theme.text)
   return figure
 
 

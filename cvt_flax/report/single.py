@@ -249,9 +249,10 @@ def _mistakes(run, p, source, plots):
     shown.append(markup.picture(data, kind, caption, exact=kind == 'image/png'))
     drawn.append(pixels)
     captions.append(caption.replace(', ', '\n'))
+  # The page has them one by one.
+  plots.write('mistakes', figures.gallery, drawn, captions)
   if not shown:
     return [markup.paragraph('There are none: every image is right.')]
-  plots.write('mistakes', figures.gallery, drawn, captions)  # the page has them one by one
   words = 'Those that the network was surest of. They may show wrong labels as well.'
   return [markup.paragraph(words, faint=True), markup.thumbnails(shown)]
 
