@@ -8,9 +8,12 @@
 #     toc_visible: true
 #   jupytext:
 #     formats: ipynb,py:percent
+#     notebook_metadata_filter: accelerator,colab
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -145,7 +148,8 @@ notebook.draw_predictions(predict_images('cvt-nano-cifar10', PICTURES))
 #
 # `SOURCE` is a model of Hugging Face, `hf:microsoft/cvt-13`, or a file of the authors,
 # `CvT-13-224x224-IN-1k.pth`, which you upload (the folder symbol on the left) or name by its path in
-# your Drive. Without a network, `cvt-nano-cifar10` goes as well.
+# your Drive. `MODEL` and `SIZE` say what network it is and for which images: `cvt-21` and 384 for
+# `hf:microsoft/cvt-21-384`; without a network, `cvt-nano` and 32 for `cvt-nano-cifar10`.
 #
 # Converting moves numbers and changes none. Where PyTorch and transformers are installed, the logits and
 # the maps of all stages are compared with theirs on the same images; `logits` and `maps` say how far they
@@ -153,12 +157,14 @@ notebook.draw_predictions(predict_images('cvt-nano-cifar10', PICTURES))
 
 # %%
 SOURCE = 'hf:microsoft/cvt-13'  # @param {type:"string"}
-TINY = {}  # what is other than in cvt-13
+MODEL = 'cvt-13'  # @param {type:"string"}
+SIZE = 224  # @param {type:"integer"}
+TINY = {}  # attributes in place of the model's own
 if SMOKE:
-  SOURCE = WORK / 'random-huggingface'
+  SOURCE, SIZE = WORK / 'random-huggingface', 64
   TINY = dict(embed_dims=(16, 32, 48), depths=(1, 2, 3), num_heads=(1, 2, 3))
 if SMOKE and not SOURCE.exists():
-  tiny = create_model('cvt-13', num_classes=10, **TINY)
+  tiny = create_model(MODEL, num_classes=10, **TINY)
   variables = jax.jit(tiny.init)(jax.random.key(0), jax.numpy.zeros((1, 64, 64, 3)))
   save_pretrained(WORK / 'random', tiny, variables)
   convert_weights(WORK / 'random', SOURCE, to='huggingface')
@@ -254,14 +260,14 @@ shutil.unpack_archive(ARCHIVE, WORK / 'images')
 own = get_config('transfer_folder')
 own.source = f'folder:{WORK / "images" / FOLDER}'
 own.init_from = str(WEIGHTS)
-own.model.update(TINY)
+own.model.update(TINY | {'name': MODEL})
 own.model.dtype = notebook.compute_dtype()
-own.image_size = 64 if SMOKE else 224
+own.image_size = SIZE
 own.epochs = 3 if SMOKE else 10
 own.optimizer.reference_batch, own.batch_size = 64, 16  # the rate is for 64, and scales
 own.eval.test_holdout = 0.3
 own.log_every = 2
-OWN = WORK / 'own_images'
+OWN = WORK / 'own_images'  # one folder for one data set
 train(own, OWN, watch=notebook.LiveCurves())
 
 # %%
@@ -276,12 +282,16 @@ notebook.draw_attention(OWN, PICTURES)
 # A run folder is weights like any other: `predict_images(OWN, ...)`, `load_pretrained(OWN)`. With `DRIVE`
 # on, the folders are in your Drive already.
 #
-# **When the runtime is lost**, run sections 1 to 3 again: the same call goes on from the last checkpoint,
-# and ends with the same bytes as if nothing had happened. Here it goes on for another reason: one more epoch.
+# **When the runtime is lost**, run all again: the same call goes on from the last checkpoint, and what is
+# finished is not done again. Here a copy of the run of section 3 goes on, for one more epoch.
 
 # %%
-cifar.epochs += 1
-results = train(cifar, RUN, watch=notebook.LiveCurves())
+LONGER = WORK / f'{NAME}-longer'
+if not LONGER.exists():
+  shutil.copytree(RUN, LONGER)
+longer = cifar.copy_and_resolve_references()
+longer.epochs = EPOCHS + 1
+results = train(longer, LONGER, watch=notebook.LiveCurves())
 
 # %% [markdown]
 # **For Hugging Face.** `CvtForImageClassification.from_pretrained` of transformers reads the folder that

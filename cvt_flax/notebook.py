@@ -305,7 +305,8 @@ def show_report(folder: str | pathlib.Path, *names: str) -> Image.Image:
     raise UserError(f'show_report: a name is needed: one of {", ".join(known)}')
   for name in names:
     if name not in known:
-      raise UserError(f'{report}/{name}.png: one of {", ".join(known)}{nearest(name, known)}')
+      close = nearest(name, known)
+      raise UserError(f'{report}/{name}.png: one of {", ".join(known)} is needed{close}')
   found = [Image.open(report / f'{name}.png').convert('RGBA') for name in names]
   height = max(image.height for image in found)
   gap = height // 20

@@ -120,19 +120,22 @@ def test_curves_before_the_first_line():
   assert isinstance(notebook.LiveCurves().draw(), Figure)
 
 
-def test_figures_of_a_report_stand_side_by_side(trained, tmp_path):  # noqa: F811
-  folder = trained[1]
-  shown = notebook.show_report(folder, 'loss', 'mistakes')
-  parts = [Image.open(folder / 'report' / f'{name}.png') for name in ('loss', 'mistakes')]
-  assert shown.mode == 'RGB' and shown.getpixel((0, 0)) == (255, 255, 255)
-  assert shown.height == max(p.height for p in parts)
-  assert shown.width > sum(p.width for p in parts)
-  with pytest.raises(UserError, match="did you mean 'confusion'"):
-    notebook.show_report(folder, 'confusoin')
-  with pytest.raises(UserError, match='a name is needed: one of attention-0'):
-    notebook.show_report(folder)
+def test_figures_of_a_report_stand_side_by_side(tmp_path):
+  for name, color, size in (('loss', (255, 0, 0, 255), (30, 20)), ('mistakes', (0,) * 4, (10, 40))):
+    (tmp_path / 'report').mkdir(exist_ok=True)
+    for ending in ('', '-dark'):
+      Image.new('RGBA', size, color).save(tmp_path / 'report' / f'{name}{ending}.png')
+  shown = notebook.show_report(tmp_path, 'loss', 'mistakes')
+  assert (shown.mode, shown.size) == ('RGB', (30 + 2 + 10, 40))
+  pixels = np.asarray(shown)
+  assert (pixels[10:30, :30] == (255, 0, 0)).all()
+  assert (pixels[:10] == 255).all() and (pixels[:, 30:] == 255).all()  # what is transparent too
+  with pytest.raises(UserError, match=r"one of loss, mistakes is needed, did you mean 'loss'"):
+    notebook.show_report(tmp_path, 'los')
+  with pytest.raises(UserError, match='a name is needed: one of loss, mistakes'):
+    notebook.show_report(tmp_path)
   with pytest.raises(UserError, match='holds no figures'):
-    notebook.show_report(tmp_path, 'loss')
+    notebook.show_report(tmp_path / 'other', 'loss')
 
 
 def test_steps_are_traced_between_two_lines(tmp_path, monkeypatch):
