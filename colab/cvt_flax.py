@@ -198,7 +198,7 @@ notebook.draw_attention(WEIGHTS, PICTURES)
 CPU = jax.default_backend() == 'cpu'
 NAME, EPOCHS = ('cvt_nano_cifar10', 2) if CPU else ('cvt_small_cifar10', 30)
 if SMOKE:
-  NAME, EPOCHS = 'digits', 6  # handwritten digits, which need no download
+  NAME, EPOCHS = 'digits', 4  # handwritten digits, which need no download
 cifar = get_config(NAME)
 cifar.epochs = EPOCHS
 cifar.optimizer.warmup_epochs = EPOCHS / 10
@@ -263,7 +263,7 @@ own.init_from = str(WEIGHTS)
 own.model.update(TINY | {'name': MODEL})
 own.model.dtype = notebook.compute_dtype()
 own.image_size = SIZE
-own.epochs = 3 if SMOKE else 10
+own.epochs = 2 if SMOKE else 10
 own.optimizer.reference_batch, own.batch_size = 64, 16  # the rate is for 64, and scales
 own.eval.test_holdout = 0.3
 own.log_every = 2
