@@ -20,10 +20,14 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
+  from cvt_flax.training.shipped import get_config
   from cvt_flax.weights.conversion import convert_weights
   from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
 
 __version__ = '0.1.0.dev0'
+
+# On GitHub. Whoever moves it changes this, and a test names every link that has to follow.
+REPOSITORY = 'OWNER/cvt_flax'
 
 __all__ = [
   'CompactViT',
@@ -31,6 +35,7 @@ __all__ = [
   'attention_maps',
   'convert_weights',
   'create_model',
+  'get_config',
   'list_models',
   'list_pretrained',
   'load_pretrained',
@@ -46,6 +51,7 @@ _PLACES = {
   'attention_maps': ('cvt_flax.models.attention_maps', 'attention_maps'),
   'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),
   'create_model': ('cvt_flax.models.zoo', 'create_model'),
+  'get_config': ('cvt_flax.training.shipped', 'get_config'),
   'list_models': ('cvt_flax.models.zoo', 'list_models'),
   'list_pretrained': ('cvt_flax.weights.pretrained', 'list_pretrained'),
   'load_pretrained': ('cvt_flax.weights.pretrained', 'load_pretrained'),

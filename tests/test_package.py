@@ -29,7 +29,7 @@ IMPORTED_AS = {
   'scikit-learn': 'sklearn',
 }
 # Used where they are installed, by functions that need them.
-OPTIONAL = {'apache_beam', 'huggingface_hub', 'torch', 'transformers', 'vit_pytorch'}
+OPTIONAL = {'IPython', 'apache_beam', 'huggingface_hub', 'torch', 'transformers', 'vit_pytorch'}
 
 
 def requirements(file, python):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -20,6 +21,8 @@ _LONGEST_NAME = 20  # letters
 _MOST_ANNOTATED = 12  # classes of a confusion matrix that has its numbers in it
 MOST_IN_MATRIX = 40  # classes of which a matrix can still be read
 MOST_BARS = 40
+_GALLERY_COLUMNS = 6
+_LARGEST_EXACT = 64  # pixels of a picture whose pixels are to be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,12 @@ def lines(theme: Theme, drawn: Sequence[Line], percent: bool = False) -> Figure:
     percent: whether values are shares.
   """
   figure, axes = _figure(theme, _WIDTH, _HEIGHT)
+  draw_lines(axes, theme, drawn, percent)
+  return figure
+
+
+def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = False) -> None:
+  """Draws what `lines` returns into axes."""
   for line in drawn:
     style = dict(_STYLES[line.style])
     if len(line.x) == 1:  # of one point a line shows nothing
@@ -99,12 +108,17 @@ def lines(theme: Theme, drawn: Sequence[Line], percent: bool = False) -> Figure:
     legend = axes.legend(frameon=False, fontsize=_TEXT, labelcolor=theme.text)
     for text in legend.get_texts():
       text.set_parse_math(False)
-  return figure
 
 
 def bars(theme: Theme, names: Sequence[str], shares: Sequence[float]) -> Figure:
   """Returns horizontal bars of shares from 0 to 1, the first on top."""
   figure, axes = _figure(theme, _WIDTH, 0.8 + 0.24 * len(names))
+  draw_bars(axes, theme, names, shares)
+  return figure
+
+
+def draw_bars(axes: Axes, theme: Theme, names: Sequence[str], shares: Sequence[float]) -> None:
+  """Draws what `bars` returns into axes."""
   places = np.arange(len(names))
   axes.barh(places, shares, color=theme.lines[0], height=0.7)
   for place, share in zip(places, shares, strict=True):
@@ -118,7 +132,6 @@ def bars(theme: Theme, names: Sequence[str], shares: Sequence[float]) -> Figure:
   axes.xaxis.set_major_formatter(PercentFormatter(1))
   axes.set_ylim(len(names) - 0.4, -0.6)
   axes.tick_params(axis='y', length=0)
-  return figure
 
 
 def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
@@ -147,6 +160,27 @@ def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
   return figure
 
 
+def gallery(theme: Theme, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
+  """Returns pictures, uint8 [h w 3], in rows, each above its caption; 'none' without any."""
+  columns = max(1, min(len(pictures), _GALLERY_COLUMNS))
+  rows = max(1, -(-len(pictures) // columns))
+  figure = Figure(figsize=(1.6 * columns, 2.05 * rows), layout='constrained')
+  FigureCanvasAgg(figure)
+  for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.patch.set_visible(False)
+    if i < len(pictures):
+      exact = pictures[i].shape[1] <= _LARGEST_EXACT
+      axes.imshow(pictures[i], interpolation='nearest' if exact else 'antialiased')
+      caption = axes.set_xlabel(captions[i], fontsize=_TEXT, color=theme.text)
+      caption.set_parse_math(False)
+  if not pictures:
+    figure.text(0.5, 0.5, 'none', ha='center', color=theme.text)
+  return figure
+
+
 def png(figure: Figure) -> bytes:
   """Returns a figure as PNG with a transparent background."""
   file = io.BytesIO()
@@ -161,12 +195,17 @@ def _figure(theme, width, height):
   figure = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasAgg(figure)
   axes = figure.subplots()
+  clear_axes(axes, theme)
+  return figure, axes
+
+
+def clear_axes(axes: Axes, theme: Theme) -> None:
+  """Gives axes the look of all figures: two spines, faint."""
   for side, spine in axes.spines.items():
     spine.set_visible(side in ('left', 'bottom'))
     spine.set_color(theme.faint)
   axes.tick_params(colors=theme.text, labelsize=_TEXT, color=theme.faint)
   axes.set_axisbelow(True)
-  return figure, axes
 
 
 def _shortened(names):

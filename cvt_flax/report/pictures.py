@@ -109,27 +109,34 @@ def attended(weights: Weights, pixels: np.ndarray) -> list[np.ndarray]:
   return jax.device_get(jax.jit(compute, compiler_options=quick)(weights.variables, pixels))
 
 
-def row(pixels: np.ndarray, maps: Sequence[np.ndarray]) -> bytes:
-  """Returns a PNG: an image, and beside it itself with each map over it, its peak brightest.
+def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> list[np.ndarray]:
+  """Returns an image, then itself with each map over it, its peak brightest: uint8 [side side 3].
 
   Args:
     pixels: uint8 [size size 3].
     maps: float [h w].
+    side: of the squares, in pixels.
   """
   image = Image.fromarray(pixels)
   exact = image.width <= _LARGEST_EXACT
   image = image.resize(
-    (_SIDE, _SIDE), Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC
+    (side, side), Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC
   )
-  tiles = [np.asarray(image)]
+  found = [np.asarray(image)]
   grey = np.asarray(image.convert('L').convert('RGB'), np.float32)
   for heat in maps:
     heat = Image.fromarray(np.asarray(heat / heat.max(), np.float32))
-    heat = np.asarray(heat.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR))
+    heat = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR))
     colors = 255 * matplotlib.colormaps['inferno'](heat)[..., :3]
-    tiles.append(np.round((1 - _HEAT) * grey + _HEAT * colors).astype(np.uint8))
-  whole = np.zeros((_SIDE, len(tiles) * (_SIDE + _GAP) - _GAP, 4), np.uint8)
-  for i, tile in enumerate(tiles):
+    found.append(np.round((1 - _HEAT) * grey + _HEAT * colors).astype(np.uint8))
+  return found
+
+
+def row(pixels: np.ndarray, maps: Sequence[np.ndarray]) -> bytes:
+  """Returns the `tiles` of an image side by side, as PNG."""
+  drawn = tiles(pixels, maps)
+  whole = np.zeros((_SIDE, len(drawn) * (_SIDE + _GAP) - _GAP, 4), np.uint8)
+  for i, tile in enumerate(drawn):
     part = whole[:, i * (_SIDE + _GAP) :][:, :_SIDE]
     part[..., :3], part[..., 3] = tile, 255
   return _encoded(Image.fromarray(whole), 'PNG')

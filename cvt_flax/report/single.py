@@ -34,14 +34,18 @@ class Plots:
   """Draws figures for a page, and writes each as NAME.png and NAME-dark.png beside it."""
 
   def __init__(self, folder: pathlib.Path):
-    self._folder = folder
+    self.folder = folder
 
   def __call__(self, name: str, title: str, draw, *args, **kwargs) -> str:
     """Returns the figure draw(theme, *args, **kwargs) in both themes, as HTML."""
+    return markup.plot(title, *self.write(name, draw, *args, **kwargs))
+
+  def write(self, name: str, draw, *args, **kwargs) -> list[bytes]:
+    """Writes the figure beside the page alone; returns it as PNG for both themes."""
     drawn = [figures.png(draw(theme, *args, **kwargs)) for theme in figures.THEMES]
     for data, ending in zip(drawn, ('', '-dark'), strict=True):
-      (self._folder / f'{name}{ending}.png').write_bytes(data)
-    return markup.plot(title, *drawn)
+      (self.folder / f'{name}{ending}.png').write_bytes(data)
+    return drawn
 
 
 def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
@@ -61,7 +65,7 @@ def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
     )
   else:
     yield _classes(run, p, plots)
-  yield from _of_source(run, p, folder)
+  yield from _of_source(run, p, plots)
   yield _config(run)
   yield _parameters(run)
 
@@ -100,18 +104,24 @@ def _head(run):
   return '\n'.join([*parts, markup.cards(values)])
 
 
+def curves(run: Run, metric: str) -> list[Line]:
+  """Returns 'loss' or 'top1' over epochs: in training, on validation, at last on test."""
+  drawn = []
+  for split, color, style in (('train', 0, 'thin'), ('val', 1, 'line')):
+    x, y = run.curve(f'{split}/{metric}')
+    if x:
+      drawn.append(Line(_SPLITS.get(split, split), x, y, color, style))
+  test = run.final.get(f'test/{metric}')
+  if test is not None:
+    x, _ = run.curve('train/loss')
+    drawn.append(Line('test', [run.final.get('epoch', x[-1])], [test], 2, 'star'))
+  return drawn
+
+
 def _curves(run, plots):
   parts = []
   for metric, title, percent in (('loss', 'Loss', False), ('top1', 'Top-1 accuracy', True)):
-    drawn = []
-    for split, color, style in (('train', 0, 'thin'), ('val', 1, 'line')):
-      x, y = run.curve(f'{split}/{metric}')
-      if x:
-        drawn.append(Line(_SPLITS.get(split, split), x, y, color, style))
-    test = run.final.get(f'test/{metric}')
-    if test is not None:
-      x, _ = run.curve('train/loss')
-      drawn.append(Line('test', [run.final.get('epoch', x[-1])], [test], 2, 'star'))
+    drawn = curves(run, metric)
     if drawn:
       name = 'loss' if metric == 'loss' else 'accuracy'
       parts.append(plots(name, title, figures.lines, drawn, percent=percent))
@@ -208,7 +218,7 @@ def _classes(run, p: Predictions, plots):
   return markup.section('Classes', *parts)
 
 
-def _of_source(run, p, folder):
+def _of_source(run, p, plots):
   """Yields what needs the images of the run's source: mistakes and attention."""
   try:
     source = pictures.Source(run)
@@ -217,18 +227,17 @@ def _of_source(run, p, folder):
     return
   for title, part in (('Worst mistakes', _mistakes), ('Attention', _attention)):
     try:
-      found = part(run, p, source, folder)
+      found = part(run, p, source, plots)
     except UserError as e:
       found = [markup.paragraph(f'This cannot be shown: {e}.')]
     if found:
       yield markup.section(title, *found)
 
 
-def _mistakes(run, p, source, folder):
-  del folder
+def _mistakes(run, p, source, plots):
   if p is None:
     return []
-  shown = []
+  shown, drawn, captions = [], [], []
   for i in statistics.worst_mistakes(p, _MISTAKES):
     example = source.example(int(p.index[i]), int(p.label[i]))
     pixels = source.pixels(example)
@@ -238,13 +247,17 @@ def _mistakes(run, p, source, folder):
       f'{run.class_names[p.label[i]]} {p.label_probability[i]:.1%}'
     )
     shown.append(markup.picture(data, kind, caption, exact=kind == 'image/png'))
+    drawn.append(pixels)
+    captions.append(caption.replace(', ', '\n'))
+  # The page has them one by one.
+  plots.write('mistakes', figures.gallery, drawn, captions)
   if not shown:
     return [markup.paragraph('There are none: every image is right.')]
   words = 'Those that the network was surest of. They may show wrong labels as well.'
   return [markup.paragraph(words, faint=True), markup.thumbnails(shown)]
 
 
-def _attention(run, p, source, folder):
+def _attention(run, p, source, plots):
   weights = pretrained.load(run.folder)
   examples = source.spread(p, _ATTENDED)
   pixels = np.stack([source.pixels(e) for e in examples])
@@ -257,7 +270,7 @@ def _attention(run, p, source, folder):
   shown = []
   for i, example in enumerate(examples):
     data = pictures.row(pixels[i], [m[i] for m in drawn])
-    (folder / f'attention-{i}.png').write_bytes(data)
+    (plots.folder / f'attention-{i}.png').write_bytes(data)
     caption = run.class_names[example.label]
     guess = predicted.get(example.index)
     if guess is not None and guess != example.label:

@@ -9,6 +9,7 @@ import multiprocessing
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -23,6 +24,7 @@ from cvt_flax.training.evaluate import alarm
 from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
+from cvt_flax.training.shipped import get_config
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainMetrics
 from cvt_flax.weights import run_folder
@@ -33,7 +35,10 @@ _STEPS_AHEAD = 2
 
 
 def run(
-  config: ml_collections.ConfigDict, workdir: str | pathlib.Path = '', mode: str = 'train'
+  config: ml_collections.ConfigDict | str,
+  workdir: str | pathlib.Path = '',
+  mode: str = 'train',
+  watch: Callable[[dict], None] | None = None,
 ) -> dict:
   """Trains, or evaluates a trained run.
 
@@ -41,11 +46,13 @@ def run(
   for bit, as if it had never stopped.
 
   Args:
-    config: as `cvt_flax.training.config.get_config()` makes it.
+    config: as `cvt_flax.get_config` returns it, or a name that it takes.
     workdir: the run folder; '' is runs/NAME-seedN. With config.seeds above 1 it holds a run folder
       for each of them, seed-0, seed-1, ...; '' is runs/NAME.
     mode: 'train', or 'eval' for the metrics of the run's best checkpoint, or of the weights
       config.init_from where the folder holds no run that started from them.
+    watch: called in training with every line of metrics.jsonl, a dict: at its start with those of a
+      run that goes on, then with each as it is written. With config.seeds above 1, run after run.
 
   Returns:
     The final metrics, such as {'test/top1': 0.99, 'test/loss': 0.05, 'test/images': 360, ...}; with
@@ -60,16 +67,18 @@ def run(
   # train once more in there: the main process says what is missing.
   if getattr(multiprocessing.current_process(), '_inheriting', False):
     sys.exit(1)
-  config = freeze(config)
+  config = freeze(get_config(config) if isinstance(config, str) else config)
   if mode not in ('train', 'eval'):
     raise UserError(f'mode={mode!r}: train or eval is needed')
+  if watch and mode == 'eval':
+    raise UserError("watch has no effect with mode='eval', which writes no metrics")
   name = config.name or 'run'
   if config.seeds > 1:
-    return _run_seeds(config, pathlib.Path(workdir or f'runs/{name}'), mode)
-  return _run_one(config, pathlib.Path(workdir or f'runs/{name}-seed{config.seed}'), mode)
+    return _run_seeds(config, pathlib.Path(workdir or f'runs/{name}'), mode, watch)
+  return _run_one(config, pathlib.Path(workdir or f'runs/{name}-seed{config.seed}'), mode, watch)
 
 
-def _run_seeds(config, folder, mode):
+def _run_seeds(config, folder, mode, watch):
   """Returns {'seed-0': its final metrics, ...}; finished runs are not trained again."""
   if (folder / run_folder.EXPERIMENT).exists():
     raise UserError(
@@ -87,17 +96,17 @@ def _run_seeds(config, folder, mode):
     last = number == config.seeds
     note = config.closing_note if last else ''
     one = dataclasses.replace(config, seed=seed, seeds=1, closing_note=note)
-    found[run_of_seed.name] = _run_one(one, run_of_seed, mode)
+    found[run_of_seed.name] = _run_one(one, run_of_seed, mode, watch)
     gc.collect()  # the jitted step and what holds it are a cycle, with the images on the devices
   if mode == 'train':
     _write_report(folder)
   return found
 
 
-def _run_one(config, folder, mode):
+def _run_one(config, folder, mode, watch):
   match mode:
     case 'train':
-      return _train(config, folder)
+      return _train(config, folder, watch)
     case 'eval':
       saved = experiment.read(folder)
       if config.init_from and (saved is None or saved.config.init_from != config.init_from):
@@ -105,7 +114,7 @@ def _run_one(config, folder, mode):
       return _evaluate_run(config, folder)
 
 
-def _train(config, folder):
+def _train(config, folder, watch):
   training = TrainingSetup(config, folder)
   with contextlib.ExitStack() as stack:
     stack.enter_context(experiment.only_one(folder))
@@ -115,10 +124,13 @@ def _train(config, folder):
     start = checkpoints.latest_step() or 0
     metrics = folder / run_folder.METRICS
     if start == training.total_steps:
-      for line in run_folder.read_metrics(metrics):
+      lines = run_folder.read_metrics(metrics)
+      for line in lines:
         scored = all(f'{each.name}/top1' in line for each in training.sets)
         if line['step'] == start and 'checkpoint' in line and scored:
           print(f'{folder} is finished')
+          for each in lines if watch else ():
+            watch(each)
           return _report(training, _with_validation(line, metrics))
     state = training.init()
     training.describe(state)
@@ -130,7 +142,7 @@ def _train(config, folder):
       )
       state = checkpoints.restore(start, abstract)
       print(f'going on from step {start}')
-    writer = MetricWriter(folder, start, config.tensorboard)
+    writer = MetricWriter(folder, start, config.tensorboard, watch)
     stack.callback(writer.close)
     signals = stack.enter_context(Signals())
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 
 from cvt_flax.weights.run_folder import METRICS, read_metrics
 
@@ -18,9 +19,24 @@ class MetricWriter:
   never stopped; what a killed run wrote after its last checkpoint will be written again.
   """
 
-  def __init__(self, folder: pathlib.Path, step: int, tensorboard: bool):
-    self._path = folder / METRICS
-    self._cut_back(step)
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    step: int,
+    tensorboard: bool,
+    watch: Callable[[dict], None] | None = None,
+  ):
+    """Opens the files.
+
+    Args:
+      folder: of the run.
+      step: that it goes on from; 0 for a new one.
+      tensorboard: whether to write events.
+      watch: called with every line of metrics.jsonl, those that stay from before included.
+    """
+    self._path, self._watch = folder / METRICS, watch
+    for line in self._cut_back(step):
+      self._show(line)
     self._file = open(self._path, 'a')
     self._events = None
     if tensorboard:
@@ -33,19 +49,26 @@ class MetricWriter:
     temporary = self._path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     os.replace(temporary, self._path)
+    return lines
+
+  def _show(self, line):
+    if self._watch:
+      self._watch(line)
 
   def write(self, step: int, epoch: float, values: dict) -> None:
     """Writes one line {'step', 'epoch', **values}; lists go to metrics.jsonl alone."""
     finite = {
       k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }
-    self._file.write(json.dumps({'step': step, 'epoch': round(epoch, 4), **finite}) + '\n')
+    line = {'step': step, 'epoch': round(epoch, 4), **finite}
+    self._file.write(json.dumps(line) + '\n')
     self._file.flush()
     if self._events:
       for name, value in finite.items():
         if isinstance(value, int | float):
           self._events.add_scalar(name, value, step)
       self._events.flush()
+    self._show(line)
 
   def close(self) -> None:
     self._file.close()

@@ -79,7 +79,15 @@ def test_the_page_has_the_numbers_of_the_run(page, trained):  # noqa: F811
 
 def test_figures_lie_beside_the_page_for_both_themes(trained):  # noqa: F811
   folder = trained[1] / 'report'
-  for name in ('loss', 'accuracy', 'learning_rate', 'throughput', 'classes', 'confusion'):
+  for name in (
+    'loss',
+    'accuracy',
+    'learning_rate',
+    'throughput',
+    'classes',
+    'confusion',
+    'mistakes',
+  ):
     for ending in ('', '-dark'):
       with Image.open(folder / f'{name}{ending}.png') as image:
         pixels = np.asarray(image)
@@ -250,3 +258,12 @@ def test_the_command_line(make_run, clean_env, tmp_path):
   assert (done.returncode, done.stdout) == (0, f'{tmp_path}/out/index.html written\n')
   wrong = subprocess.run([*command[:3], 'x'], env=clean_env, capture_output=True, text=True)
   assert wrong.returncode == 2 and wrong.stderr.count('\n') == 1
+
+
+def test_a_gallery_has_each_picture_above_its_caption():
+  shown = [np.full((8, 8, 3), 30 * i, np.uint8) for i in range(8)]
+  drawn = figures.gallery(figures.LIGHT, shown, [f'${i}' for i in range(8)])
+  filled = [axes for axes in drawn.axes if axes.images]
+  assert [axes.get_xlabel() for axes in filled] == [f'${i}' for i in range(8)]
+  assert [axes.images[0].get_array()[0, 0, 0] for axes in filled] == [30 * i for i in range(8)]
+  assert figures.png(drawn) != figures.png(figures.gallery(figures.LIGHT, [], []))
