@@ -48,6 +48,12 @@ def clean_env():
 
 
 @pytest.fixture(scope='session')
+def quick_env(clean_env):
+  """`clean_env` for a subprocess that compiles much: as quickly as these tests."""
+  return types.MappingProxyType({**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']})
+
+
+@pytest.fixture(scope='session')
 def peer():
   """`peer('transformers')` imports a peer; where it is not installed the test is skipped.
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -122,6 +121,9 @@ INTERRUPTED = {
 }
 
 
+SPAWN = 'import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))'
+
+
 @pytest.mark.parametrize('where', INTERRUPTED)
 def test_ctrl_c_at_a_terminal(where, tmp_path, clean_env):
   body = INTERRUPTED[where]
@@ -143,27 +145,25 @@ def at_a_terminal(command, env, answers):
 
   A pattern is waited for in what is shown after the one before it.
   """
-  pid, terminal_of = pty.fork()
-  if not pid:
-    os.execvpe(command[0], command, {**env, 'TERM': 'xterm'})
-  shown, seen = '', 0
-  answers = list(answers.items())
-  while True:
-    try:
-      read = os.read(terminal_of, 65536)
-    except OSError:  # Linux: nobody writes there any more
-      break
-    if not read:
-      break
-    shown += read.decode(errors='replace')
-    while answers and (found := re.compile(answers[0][0]).search(shown, seen)):
-      seen = found.end()
-      os.write(terminal_of, answers.pop(0)[1])
-  os.close(terminal_of)
-  return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown
+  # pty.spawn forks, which a process with JAX in it should not: another one does.
+  with subprocess.Popen(
+    [sys.executable, '-c', SPAWN, *command],
+    env={**env, 'TERM': 'xterm'},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  ) as process:
+    shown, seen = '', 0
+    answers = list(answers.items())
+    while read := os.read(process.stdout.fileno(), 65536):
+      shown += read.decode(errors='replace')
+      while answers and (found := re.compile(answers[0][0]).search(shown, seen)):
+        seen = found.end()
+        process.stdin.write(answers.pop(0)[1])
+        process.stdin.flush()
+  return process.returncode, shown
 
 
-def test_a_training_that_is_stopped_at_a_terminal(tmp_path, clean_env):
+def test_a_training_that_is_stopped_at_a_terminal(tmp_path, quick_env):
   """While it trains, and, by the same command, as soon as it goes on."""
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   command = [
@@ -173,7 +173,7 @@ def test_a_training_that_is_stopped_at_a_terminal(tmp_path, clean_env):
     '--config.model.depths=(1,1,1)',
     f'--workdir={tmp_path}/run',
   ]
-  env = {**clean_env, 'COLUMNS': '40', 'XLA_FLAGS': os.environ['XLA_FLAGS']}
+  env = {**quick_env, 'COLUMNS': '40'}
   code, text = at_a_terminal(command, env, {'first step': b'\x03'})
   assert code == 130 and 'Traceback' not in text, text
   assert re.search(r'\x1b\[31mtrain\.py: Ctrl-C: saved step \d+; the same command goes on', text)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import pathlib
 
 import jupytext
@@ -14,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope='module')
-def executed(clean_env, tmp_path_factory):
+def executed(quick_env, tmp_path_factory):
   """The notebook after CVT_SMOKE=1 of it, in a process and a folder of its own, and that folder."""
   folder = tmp_path_factory.mktemp('notebook')
   # As in conftest.py: a torchvision that does not fit is none.
@@ -22,9 +21,8 @@ def executed(clean_env, tmp_path_factory):
   start.parent.mkdir(parents=True)
   start.write_text("import sys; sys.modules['torchvision'] = None\n")
   (folder / 'here').mkdir()
-  env = dict(clean_env)
+  env = dict(quick_env)
   env |= {'CVT_SMOKE': '1', 'IPYTHONDIR': str(folder / 'ipython'), 'HF_HUB_OFFLINE': '1'}
-  env |= {'XLA_FLAGS': os.environ['XLA_FLAGS']}  # it compiles much
   env.pop('MPLBACKEND')
   notebook = jupytext.read(ROOT / 'colab' / 'cvt_flax.ipynb')
   resources = {'metadata': {'path': str(folder / 'here')}}

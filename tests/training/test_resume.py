@@ -59,11 +59,11 @@ def _kill_after(process, folder, step, number):
 
 
 @pytest.mark.parametrize(('file', 'steps'), [('config_file', 33), ('streamed_file', 15)])
-def test_killed_three_times_it_ends_with_the_same_bytes(file, steps, clean_env, tmp_path, request):
+def test_killed_three_times_it_ends_with_the_same_bytes(file, steps, quick_env, tmp_path, request):
   """kill -9 in mid-epoch, and the same command again: as if it had never been killed."""
   config_file = request.getfixturevalue(file)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  environment = {**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
+  environment = {**quick_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
   subprocess.run(_command(config_file, whole), env=environment, check=True, capture_output=True)
 
   step = 0
@@ -82,8 +82,8 @@ def test_killed_three_times_it_ends_with_the_same_bytes(file, steps, clean_env, 
     assert got[name].tobytes() == array.tobytes(), name
 
 
-def test_sigterm_saves_exits_75_and_the_run_goes_on(config_file, clean_env, tmp_path, trained):
-  environment = {**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
+def test_sigterm_saves_exits_75_and_the_run_goes_on(config_file, quick_env, tmp_path, trained):
+  environment = {**quick_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']}
   process = subprocess.Popen(
     _command(config_file, tmp_path / 'run'), env=environment, stderr=subprocess.PIPE, text=True
   )

@@ -55,7 +55,7 @@ def test_each_seed_is_a_run_like_any_other(seeds, tmp_path, capsys, monkeypatch)
 
 
 def test_a_run_that_is_stopped_stops_those_after_it(seeds, tmp_path, monkeypatch):
-  def stopped(config, folder):
+  def stopped(config, folder, watch):
     raise Interrupted('SIGTERM', 75)
 
   monkeypatch.setattr(loop, '_train', stopped)

@@ -185,7 +185,7 @@ def test_nothing_to_score_is_not_divergence(streamed, pictures, tmp_path):
 # Processes that decode.
 
 
-def start_with_workers(streamed_file, clean_env, folder):
+def start_with_workers(streamed_file, quick_env, folder):
   """Starts train.py in a process group of its own, as a terminal does."""
   process = subprocess.Popen(
     [
@@ -196,7 +196,7 @@ def start_with_workers(streamed_file, clean_env, folder):
       '--config.stream.workers=2',
       '--config.epochs=400',
     ],
-    env={**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS'], 'PYTHONUNBUFFERED': '1'},
+    env={**quick_env, 'XLA_FLAGS': os.environ['XLA_FLAGS'], 'PYTHONUNBUFFERED': '1'},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -238,9 +238,9 @@ def assert_ended(group):
   ],
 )
 def test_a_signal_to_all_processes_saves_and_says_so(
-  streamed_file, clean_env, tmp_path, number, code, word, seconds
+  streamed_file, quick_env, tmp_path, number, code, word, seconds
 ):
-  process = start_with_workers(streamed_file, clean_env, tmp_path / 'run')
+  process = start_with_workers(streamed_file, quick_env, tmp_path / 'run')
   wait_for(process, word)
   time.sleep(seconds)
   os.killpg(process.pid, number)
@@ -250,15 +250,15 @@ def test_a_signal_to_all_processes_saves_and_says_so(
   assert_ended(process.pid)
 
 
-def test_processes_end_with_a_run_that_is_killed(streamed_file, clean_env, tmp_path):
-  process = start_with_workers(streamed_file, clean_env, tmp_path / 'run')
+def test_processes_end_with_a_run_that_is_killed(streamed_file, quick_env, tmp_path):
+  process = start_with_workers(streamed_file, quick_env, tmp_path / 'run')
   wait_for(process, 'first step')
   process.kill()
   process.communicate()
   assert_ended(process.pid)
 
 
-def test_a_script_without_a_guard_is_told_of_it(streamed_file, clean_env, tmp_path):
+def test_a_script_without_a_guard_is_told_of_it(streamed_file, quick_env, tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(f"""
 {streamed_file.read_text()}
@@ -272,7 +272,7 @@ except Exception as error:
   print(type(error).__name__, error)
 """)
   done = subprocess.run(
-    [sys.executable, str(script)], env=clean_env, capture_output=True, text=True, timeout=120
+    [sys.executable, str(script)], env=quick_env, capture_output=True, text=True, timeout=120
   )
   assert done.stdout.count('UserError') == 1
   assert "needs `if __name__ == '__main__':`" in done.stdout and 'Traceback' not in done.stderr
