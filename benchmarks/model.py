@@ -31,7 +31,6 @@ import transformers
 from benchmarks import common
 from cvt_flax import create_model
 from cvt_flax.models.zoo import VARIANTS
-from cvt_flax.training.hardware import keep_freed_memory
 from cvt_flax.weights.layouts import HUGGING_FACE
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
@@ -45,7 +44,6 @@ def main():
       "PyTorch's threads wait for each other by spinning, which then costs it many times the work: "
       'ratios would be wrong'
     )
-  keep_freed_memory()  # as train.py does; PyTorch has the same malloc
   torch.set_num_threads(common.cores())
   # float32 means float32 on both sides, also where the hardware has a faster format.
   jax.config.update('jax_default_matmul_precision', 'highest')

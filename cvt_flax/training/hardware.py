@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
   """On Linux without an accelerator, makes malloc keep what is freed; before jax sees its devices.
 
   XLA on a CPU allocates its buffers anew in every step. By default they go back to the system each
-  time, whose pages then have to be cleared again, a third of the time of a small model's step
+  time, whose pages then have to be cleared again: a good part of a small model's step
   (benchmarks/README.md). It is the whole process that keeps its memory: a program's decision, not a
   library's.
   """
