@@ -3,12 +3,11 @@
 import pathlib
 import re
 
-import pytest
+import yaml  # which flax needs
 
 import cvt_flax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-yaml = pytest.importorskip('yaml')  # which flax needs
 
 
 def read(name):

@@ -55,7 +55,7 @@ class Dense(nn.Dense):
   """A linear layer over the last axis.
 
   All other axes are merged into one, which changes no number: XLA on a CPU multiplies two matrices
-  for the kernel's gradient, where of three axes it first writes a transposed copy (3x the time).
+  for the kernel's gradient, where of three axes it first writes a transposed copy.
   """
 
   kernel_init: nn.initializers.Initializer = dense_init

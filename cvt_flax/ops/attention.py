@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 # On a CPU, bytes of scores that are computed at once, about what a core's second-level cache holds,
 # and from how many on they are better computed twice than written to memory.
-# benchmarks/README.md has the measurement.
 _CACHE = 2**20
 _SPILL = 4 * _CACHE
 

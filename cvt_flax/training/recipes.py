@@ -125,7 +125,8 @@ def compact_vit(name: str, model: str) -> ml_collections.ConfigDict:
 
   Batches and epochs are those of github.com/tintn/vision-transformer-from-scratch; the rest is
   ours. A network this small underfits, so there is little regularisation. Of the rates 3e-3 and
-  8e-3, tried for 12 epochs with mcvit on 'cifar10', the second was ahead by 5 points of validation.
+  8e-3, tried for 12 epochs with mcvit on 'cifar10', the second was ahead, 65.9 to 61.1 % of
+  the validation images.
   """
   config = cifar(name)
   config.batch_size = 256
