@@ -22,7 +22,7 @@ from cvt_flax.training.recipes import nano
 
 
 def get_config(variant='base'):
-  config = nano(10)
+  config = nano('cifar10', 10)
   config.name = f'ablations_{variant}'
   maps = (16, 8, 8)
   match variant:

@@ -9,6 +9,6 @@ from cvt_flax.training.recipes import nano
 
 
 def get_config():
-  config = nano(20)
+  config = nano('cifar10', 20)
   config.name = 'cvt_nano_cifar10'
   return config

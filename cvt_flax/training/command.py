@@ -13,6 +13,7 @@ from cvt_flax.errors import UserError, nearest
 from cvt_flax.training import command_help
 from cvt_flax.training.config import keys, unknown_key
 from cvt_flax.training.hardware import keep_freed_memory
+from cvt_flax.training.shipped import shipped_configs
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='the experiment, configs/NAME.py')
 _WORKDIR = flags.DEFINE_string(
@@ -34,7 +35,7 @@ def _main(argv):
   if argv[1:]:
     raise UserError(f'{argv[1]!r}: all arguments are flags, such as --config=configs/digits.py')
   if _LIST.value:
-    print(command_help.list_text(_configs()))
+    print(command_help.list_text(shipped_configs()))
     return
   config = _config(_config_path(sys.argv))
   from cvt_flax.training.loop import run  # here, so that a wrong flag is told at once
@@ -58,8 +59,8 @@ def _parse(argv):
       if not path:
         raise UserError(_CONFIG_IS_NEEDED)
   if path and not path.is_file():
-    shipped = [str(p) for p in _configs()]
-    raise UserError(f'--config={path}: there is no such file{nearest(str(path), shipped)}')
+    close = nearest(str(path), [str(p) for p in shipped_configs()])
+    raise UserError(f'--config={path}: there is no such file{close}')
   try:
     rest = flags.FLAGS(argv)
   except UserError:
@@ -110,8 +111,3 @@ def _one_line(error):
   """Returns an error's message on one line, less the list of all keys that ml_collections adds."""
   text = re.sub(r'Other fields present: ".*"(\n|\\n|$)', '', str(error), flags=re.DOTALL)
   return ' '.join(text.split())
-
-
-def _configs():
-  folder = pathlib.Path(sys.argv[0]).parent / 'configs'
-  return sorted(p for p in folder.glob('*.py') if p.stem != '__init__')

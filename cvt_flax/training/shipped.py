@@ -26,7 +26,7 @@ def get_config(name: str) -> ml_collections.ConfigDict:
     UserError: there is no such file or variant.
   """
   stem, _, variant = name.partition(':')
-  files = {path.stem: path for path in _folder().glob('*.py') if path.stem != '__init__'}
+  files = {path.stem: path for path in shipped_configs()}
   if stem not in files:
     known = sorted(files)
     close = nearest(stem, known)
@@ -40,7 +40,13 @@ def get_config(name: str) -> ml_collections.ConfigDict:
   return module.get_config(*[variant] if variant else [])
 
 
-def _folder() -> pathlib.Path:
-  """Returns configs/: inside the installed package, beside it in a checkout."""
+def shipped_configs() -> list[pathlib.Path]:
+  """Returns the files of configs/: inside the installed package, beside it in a checkout.
+
+  Where they lie below the working directory their paths are from there.
+  """
   inside = _PACKAGE / 'configs'
-  return inside if inside.is_dir() else _PACKAGE.parent / 'configs'
+  folder = inside if inside.is_dir() else _PACKAGE.parent / 'configs'
+  here = pathlib.Path.cwd()
+  folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
+  return sorted(path for path in folder.glob('*.py') if path.stem != '__init__')

@@ -1,6 +1,7 @@
 """get_config by name, and what train makes of names and watchers."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from cvt_flax.training import shipped
 from cvt_flax.training.config import freeze
 
 
-@pytest.mark.parametrize('name', [p.stem for p in sorted(shipped._folder().glob('*.py'))])
+@pytest.mark.parametrize('name', [path.stem for path in shipped.shipped_configs()])
 def test_every_shipped_config_has_its_name(name):
   config = get_config(name)
   assert config.is_locked
@@ -46,10 +47,18 @@ def test_a_name_that_is_none(name, message):
 
 
 def test_in_a_wheel_configs_lie_inside(tmp_path, monkeypatch):
-  shutil.copytree(shipped._folder(), tmp_path / 'configs')
+  shutil.copytree(shipped.shipped_configs()[0].parent, tmp_path / 'configs')
   monkeypatch.setattr(shipped, '_PACKAGE', tmp_path)
-  assert shipped._folder() == tmp_path / 'configs'
+  assert {path.parent for path in shipped.shipped_configs()} == {tmp_path / 'configs'}
   assert get_config('digits').name == 'digits'
+
+
+def test_below_the_working_directory_paths_are_short(monkeypatch):
+  folder = shipped.shipped_configs()[0].absolute().parent
+  monkeypatch.chdir(folder.parent)
+  assert pathlib.Path('configs/digits.py') in shipped.shipped_configs()
+  monkeypatch.chdir(folder / '..' / 'tests')
+  assert folder / 'digits.py' in shipped.shipped_configs()
 
 
 def test_watch_gets_every_line_as_it_is_written(config, tmp_path):

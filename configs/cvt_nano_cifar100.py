@@ -1,0 +1,15 @@
+"""cvt-nano on CIFAR-100: 0.4 million parameters, for a CPU.
+
+  python train.py --config=configs/cvt_nano_cifar100.py
+
+What it trains can be gone on from: configs/transfer_folder.py, --config.model.name=cvt-nano. The
+recipe is that of cvt_nano_cifar10.py.
+"""
+
+from cvt_flax.training.recipes import nano
+
+
+def get_config():
+  config = nano('cifar100', 20)
+  config.name = 'cvt_nano_cifar100'
+  return config
