@@ -34,8 +34,14 @@ def test_images_are_read_from_the_folder_of_the_list(tmp_path):
     Image.new('RGB', (3, 2), (number, 0, 0)).save(tmp_path / 'set' / name)
   elsewhere = tmp_path / 'elsewhere.png'
   Image.new('RGB', (3, 2), (3, 0, 0)).save(elsewhere)
-  source = write(tmp_path / 'set/list.csv', 'path,label', '1.png,dog', 'deep/er/2.png,cat',
-                 '"a,b ""c"".png",dog', f'{elsewhere},cat')
+  source = write(
+    tmp_path / 'set/list.csv',
+    'path,label',
+    '1.png,dog',
+    'deep/er/2.png,cat',
+    '"a,b ""c"".png",dog',
+    f'{elsewhere},cat',
+  )
   data = sources.load(source, holdout=0)
   assert data.name == 'list' and data.class_names == ('cat', 'dog')
   assert data.validation is None and data.test is None
@@ -48,17 +54,30 @@ def test_images_are_read_from_the_folder_of_the_list(tmp_path):
   assert data.train.labels.dtype == np.int32
 
 
-@pytest.mark.parametrize('train,validation,test', [
-    ('train', 'val', 'test'), ('Training', 'VALID', 'evaluation')])
+@pytest.mark.parametrize(
+  'train,validation,test', [('train', 'val', 'test'), ('Training', 'VALID', 'evaluation')]
+)
 def test_splits_columns_in_any_order_and_more_of_them(tmp_path, train, validation, test):
   source = write(
-      tmp_path / 'x.csv', 'split,note,label,path', f'{test},,b,1', f'{train},x,b,2', '',
-      f'{validation},,a,3', f'{train},,a,4', f'{test},,a,5', newline='\r\n')
+    tmp_path / 'x.csv',
+    'split,note,label,path',
+    f'{test},,b,1',
+    f'{train},x,b,2',
+    '',
+    f'{validation},,a,3',
+    f'{train},,a,4',
+    f'{test},,a,5',
+    newline='\r\n',
+  )
   data = sources.load(source)
   assert [names(s) for s in (data.train, data.validation, data.test)] == [
-      [f'{tmp_path}/{i}' for i in part] for part in ('24', '3', '15')]
+    [f'{tmp_path}/{i}' for i in part] for part in ('24', '3', '15')
+  ]
   assert [s.labels.tolist() for s in (data.train, data.validation, data.test)] == [
-      [1, 0], [0], [1, 0]]
+    [1, 0],
+    [0],
+    [1, 0],
+  ]
   assert data.held_out.size == 0
 
 
@@ -73,14 +92,21 @@ def test_a_list_for_evaluation_only(tmp_path):
   assert data.train is None and data.validation is None and len(data.test) == 2
 
 
-@pytest.mark.parametrize('labels,classes', [
-    ('10 9 2 10', ('2', '9', '10')), ('10 9 x', ('10', '9', 'x')), ('10 9 -1', ('-1', '10', '9')),
-    ('10 9 ²', ('10', '9', '²')), ('1 01 1', ('01', '1'))])
+@pytest.mark.parametrize(
+  'labels,classes',
+  [
+    ('10 9 2 10', ('2', '9', '10')),
+    ('10 9 x', ('10', '9', 'x')),
+    ('10 9 -1', ('-1', '10', '9')),
+    ('10 9 ²', ('10', '9', '²')),
+    ('1 01 1', ('01', '1')),
+  ],
+)
 def test_classes_are_sorted_by_name_or_number(tmp_path, labels, classes):
   labels = labels.split()
   data = sources.load(
-      write(tmp_path / 'x.csv', 'label,path', *(f'{c},{i}' for i, c in enumerate(labels))),
-      holdout=0)
+    write(tmp_path / 'x.csv', 'label,path', *(f'{c},{i}' for i, c in enumerate(labels))), holdout=0
+  )
   assert data.class_names == classes
   assert [classes[c] for c in data.train.labels] == labels
 
@@ -107,16 +133,21 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 
 
 def test_a_missing_image_is_found_when_it_is_read(tmp_path):
-  train = sources.load(write(tmp_path / 'x.csv', 'path,label', '1.png,a', '2.png,b'),
-                       holdout=0).train
+  train = sources.load(
+    write(tmp_path / 'x.csv', 'path,label', '1.png,a', '2.png,b'), holdout=0
+  ).train
   with pytest.raises(UserError, match=f'cannot read {tmp_path}/2.png: No such file'):
     train[1]
 
 
-@pytest.mark.parametrize('lines,message', [
-    (['path,lable', '1,a'],
-     "{file} line 1 has no column 'label' (it has 'path', 'lable'; needed are path and label, and "
-     "split where there is more than train), did you mean 'lable'?"),
+@pytest.mark.parametrize(
+  'lines,message',
+  [
+    (
+      ['path,lable', '1,a'],
+      "{file} line 1 has no column 'label' (it has 'path', 'lable'; needed are path and label, and "
+      "split where there is more than train), did you mean 'lable'?",
+    ),
     (['a.png,cat', 'b.png,dog'], "{file} line 1 has no column 'path' (it has 'a.png', 'cat'; "),
     (['path,label,path', '1,a,2'], "{file} line 1 has two columns 'path'"),
     (['path,label'], '{file} lists no images; wanted is a line for each, below the header'),
@@ -127,13 +158,18 @@ def test_a_missing_image_is_found_when_it_is_read(tmp_path):
     (['path,label', '1,a', '2,3,b'], '{file} line 3 has 3 fields, but the header has 2; quote a'),
     (['path,label', '1\0,a'], '{file} line 2 has a NUL in its path'),
     (['path,label', '"1,a', '2,b'], '{file} line 3 is not CSV: unexpected end of data'),
-    (['path,label,split', '1,a,train', '2,b,vla'],
-     "{file} line 3 has the unknown split 'vla' (allowed: train, training, validation, val, valid, "
-     "test, evaluation), did you mean 'val'?"),
-    (['path,label,split', '1,cat,train', '2,dog,train', '3,cta,test', '4,cta,test'],
-     "{file} line 4: class 'cta' has no image in train, did you mean 'cat'?"),
+    (
+      ['path,label,split', '1,a,train', '2,b,vla'],
+      "{file} line 3 has the unknown split 'vla' (allowed: train, training, validation, val, "
+      "valid, test, evaluation), did you mean 'val'?",
+    ),
+    (
+      ['path,label,split', '1,cat,train', '2,dog,train', '3,cta,test', '4,cta,test'],
+      "{file} line 4: class 'cta' has no image in train, did you mean 'cat'?",
+    ),
     (['path,label', '1,a', '2,a'], "has one class only, 'a'; a classifier needs two or more"),
-])
+  ],
+)
 def test_bad_lists(tmp_path, lines, message):
   assert message.format(file=tmp_path / 'x.csv') in error_of(write(tmp_path / 'x.csv', *lines))
 
@@ -143,12 +179,15 @@ def test_a_list_that_is_empty_or_not_there(tmp_path):
   assert error_of(f'csv:{path}') == f'cannot read {path}: No such file or directory'
   path.touch()
   assert error_of(f'csv:{path}') == (
-      f'{path} is empty; its first line names the columns, path,label,split')
+    f'{path} is empty; its first line names the columns, path,label,split'
+  )
 
 
 def test_files_are_not_looked_up_and_names_take_little_memory(tmp_path):
-  rows = (f'n{i // 700:08d}/n{i // 700:08d}_{i * 7919 % 30011}.JPEG,n{i // 700:08d}'
-          for i in range(20_000))
+  rows = (
+    f'n{i // 700:08d}/n{i // 700:08d}_{i * 7919 % 30011}.JPEG,n{i // 700:08d}'
+    for i in range(20_000)
+  )
   source = write(tmp_path / 'x.csv', 'path,label', *rows)
   with pytest.MonkeyPatch.context() as patch:
     for name in ('stat', 'lstat', 'scandir'):
@@ -157,7 +196,8 @@ def test_files_are_not_looked_up_and_names_take_little_memory(tmp_path):
   assert sum(map(len, data.train.blocks)) < 6 * 20_000
   for i in (0, 63, 64, 12_345, 19_999):
     assert data.train.path(i) == (
-        f'{tmp_path}/n{i // 700:08d}/n{i // 700:08d}_{i * 7919 % 30011}.JPEG')
+      f'{tmp_path}/n{i // 700:08d}/n{i // 700:08d}_{i * 7919 % 30011}.JPEG'
+    )
 
 
 def test_the_digest_tells_what_is_listed(tmp_path):
@@ -170,8 +210,13 @@ def test_the_digest_tells_what_is_listed(tmp_path):
   rows = [f'{i},{"ab"[i % 2]}' for i in range(100)]
   first = digest(*rows)
   assert digest(*rows, folder='moved') == first
-  others = {digest(*rows[:-1]), digest(*rows, '100,a'), digest(*rows[1:], rows[0]),
-            digest('x,a', *rows[1:]), digest('0,b', *rows[1:])}
+  others = {
+    digest(*rows[:-1]),
+    digest(*rows, '100,a'),
+    digest(*rows[1:], rows[0]),
+    digest('x,a', *rows[1:]),
+    digest('0,b', *rows[1:]),
+  }
   assert len(others | {first}) == 6
 
 

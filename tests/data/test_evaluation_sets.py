@@ -20,6 +20,7 @@ from cvt_flax.errors import UserError
 def tfds():
   """TFDS; fails when something here has made it import TensorFlow."""
   import tensorflow_datasets
+
   before = 'tensorflow' in sys.modules
   yield tensorflow_datasets
   assert ('tensorflow' in sys.modules) == before
@@ -64,15 +65,23 @@ def by_colour(split, what='label'):
   """Returns {colour of the image: its label} after checking that all ways of reading agree."""
   examples = list(split)
   assert len(split) == len(examples)
-  assert [e.label for e in examples] == split.labels.tolist() == [
-      split[i].label for i in range(len(split))]
+  assert (
+    [e.label for e in examples]
+    == split.labels.tolist()
+    == [split[i].label for i in range(len(split))]
+  )
   return {images.decode(e.image, e.name).getpixel((0, 0))[0]: getattr(e, what) for e in examples}
 
 
-@pytest.mark.parametrize('name,metric', [
-    ('imagenet_v2', 'imagenet_v2'), ('imagenet_v2/topimages', 'imagenet_v2_topimages'),
+@pytest.mark.parametrize(
+  'name,metric',
+  [
+    ('imagenet_v2', 'imagenet_v2'),
+    ('imagenet_v2/topimages', 'imagenet_v2_topimages'),
     ('imagenet_v2/threshold-0.7:3.0.0', 'imagenet_v2_threshold-0.7_3.0.0'),
-    ('imagenet_sketch', 'imagenet_sketch')])
+    ('imagenet_sketch', 'imagenet_sketch'),
+  ],
+)
 def test_sets_of_all_classes(prepare, synsets, name, metric):
   data_dir = prepare(name, test=labelled(999, 5, 'n01440764'))
   found = evaluation_sets.load(f'tfds:{name}', data_dir=data_dir, class_names=synsets)
@@ -84,8 +93,7 @@ def test_sets_of_all_classes(prepare, synsets, name, metric):
 def test_classes_go_by_their_names(prepare, synsets):
   """TFDS itself has two orders of ImageNet's classes."""
   data_dir = prepare('imagenet_resized/8x8', validation=labelled(0, 'n01440764', synsets[5]))
-  load = functools.partial(
-      evaluation_sets.load, 'tfds:imagenet_resized/8x8', data_dir=data_dir)
+  load = functools.partial(evaluation_sets.load, 'tfds:imagenet_resized/8x8', data_dir=data_dir)
   found = load(class_names=synsets)
   assert by_colour(found.split) == {0: synsets.index('n02119789'), 1: 0, 2: 5}
   assert found.classes is None
@@ -103,8 +111,10 @@ def test_only_classes_that_occur_compete(prepare, synsets, name):
   three = tuple(synsets[i] for i in (998, 3, 7))
   found = evaluation_sets.load(f'tfds:{name}', data_dir=data_dir, class_names=three)
   assert found.classes is None and by_colour(found.split) == {0: 2, 1: 1, 2: 2, 3: 0}
-  with pytest.raises(UserError, match=f"tfds:{name} has the class '{synsets[998]}', which is not "
-                                      'one of the 998 of the model'):
+  with pytest.raises(
+    UserError,
+    match=f"tfds:{name} has the class '{synsets[998]}', which is not one of the 998 of the model",
+  ):
     evaluation_sets.load(f'tfds:{name}', data_dir=data_dir, class_names=synsets[:998])
 
 
@@ -117,9 +127,9 @@ def test_a_set_of_a_few_classes(prepare, synsets):
 
 
 REAL = [
-    {'original_label': 3, 'real_label': []},
-    {'original_label': 4, 'real_label': [999]},
-    {'original_label': 5, 'real_label': ['n01440764', 5, 7]},
+  {'original_label': 3, 'real_label': []},
+  {'original_label': 4, 'real_label': [999]},
+  {'original_label': 5, 'real_label': ['n01440764', 5, 7]},
 ]
 
 
@@ -143,8 +153,9 @@ def test_real_labels_are_checked(prepare, synsets, tmp_path):
     names.write_text('\n'.join(synsets[:999]))
   features = tmp_path / 'imagenet2012_real/1.0.0/features.json'
   features.write_text(features.read_text().replace('"1000"', '"999"'))
-  found = evaluation_sets.load('tfds:imagenet2012_real', data_dir=str(tmp_path),
-                               class_names=synsets)
+  found = evaluation_sets.load(
+    'tfds:imagenet2012_real', data_dir=str(tmp_path), class_names=synsets
+  )
   with pytest.raises(UserError, match=r'validation #\d: label 999 is not one of the 999 classes'):
     list(found.split)
 
@@ -159,8 +170,10 @@ def npz(path, **splits):
   return f'npz:{path}'
 
 
-@pytest.mark.parametrize('splits,taken', [
-    ('train val test', 'test'), ('train val', 'val'), ('val test', 'test'), ('train', 'train')])
+@pytest.mark.parametrize(
+  'splits,taken',
+  [('train val test', 'test'), ('train val', 'val'), ('val test', 'test'), ('train', 'train')],
+)
 def test_test_before_validation_before_train(tmp_path, splits, taken):
   labels = {'train': [0, 1], 'val': [1, 0, 2], 'test': [2, 2, 1, 0]}
   source = npz(tmp_path / 'x.npz', **{split: labels[split] for split in splits.split()})
@@ -173,13 +186,22 @@ def test_a_class_that_the_model_does_not_have(tmp_path):
   with pytest.raises(UserError) as error:
     evaluation_sets.load(source, data_dir='', class_names=('ant', 'bee', 'cats', 'dog'))
   assert str(error.value) == (
-      f"{source} has the class 'cat', which is not one of the 4 of the model, did you mean 'cats'?")
+    f"{source} has the class 'cat', which is not one of the 4 of the model, did you mean 'cats'?"
+  )
 
 
-@pytest.mark.parametrize('source,name', [
-    ('tfds:imagenet_v2/topimages', 'imagenet_v2_topimages'), ('digits', 'digits'),
-    ('tfds:imagenet_v2:3.0.0', 'imagenet_v2_3.0.0'), ('folder:/a/my set/', 'my_set'),
-    ('csv:lists/birds.v2.csv', 'birds.v2'), ('npz:/x/été.npz', '_t_'), ('npz:x.csv', 'x.csv')])
+@pytest.mark.parametrize(
+  'source,name',
+  [
+    ('tfds:imagenet_v2/topimages', 'imagenet_v2_topimages'),
+    ('digits', 'digits'),
+    ('tfds:imagenet_v2:3.0.0', 'imagenet_v2_3.0.0'),
+    ('folder:/a/my set/', 'my_set'),
+    ('csv:lists/birds.v2.csv', 'birds.v2'),
+    ('npz:/x/été.npz', '_t_'),
+    ('npz:x.csv', 'x.csv'),
+  ],
+)
 def test_names(source, name):
   assert evaluation_sets.set_name(source) == name
 

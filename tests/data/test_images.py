@@ -40,7 +40,8 @@ def decoded(data):
 def test_lossless_formats_are_exact(form):
   pixels = picture(13, 17)
   np.testing.assert_array_equal(
-      decoded(encoded(Image.fromarray(pixels), form, lossless=True)), pixels)
+    decoded(encoded(Image.fromarray(pixels), form, lossless=True)), pixels
+  )
 
 
 def test_arrays_pass_as_they_are():
@@ -56,10 +57,15 @@ def test_jpeg_is_what_pillow_decodes():
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation_is_undone(orientation):
   pixels = picture(6, 9)
-  undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-          6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_270}
+  undo = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+  }
   stored = Image.fromarray(pixels)
   if orientation in undo:  # as a camera held that way would store it
     stored = stored.transpose(undo[orientation])
@@ -88,8 +94,7 @@ def test_transparency_is_dropped():
 def test_every_mode_becomes_rgb_as_torchvision_does(mode):
   image = Image.fromarray(picture(16, 16)).convert(mode)
   form = 'TIFF' if mode == 'CMYK' else 'PNG'
-  np.testing.assert_array_equal(
-      decoded(encoded(image, form)), np.asarray(image.convert('RGB')))
+  np.testing.assert_array_equal(decoded(encoded(image, form)), np.asarray(image.convert('RGB')))
 
 
 def test_palette_with_transparency_keeps_its_colours_and_warns_of_nothing():
@@ -122,12 +127,13 @@ def test_sixteen_bit_grey_is_scaled(form):
 def test_truncated_images_are_named(form, keep):
   data = encoded(Image.fromarray(picture(64, 64)), form)
   with pytest.raises(UserError, match='cat.jpg') as error:
-    images.decode(data[:int(len(data) * keep)], 'cat.jpg')
+    images.decode(data[: int(len(data) * keep)], 'cat.jpg')
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    'data', [b'', b'hello', b'\x89PNG\r\n\x1a\n', b'%!PS-Adobe-3.0 EPSF-3.0\n'])
+  'data', [b'', b'hello', b'\x89PNG\r\n\x1a\n', b'%!PS-Adobe-3.0 EPSF-3.0\n']
+)
 def test_what_is_not_an_image_is_named(data):
   with pytest.raises(UserError, match='notes.jpg is not an image .allowed: JPEG, PNG'):
     images.decode(data, 'notes.jpg')
@@ -151,8 +157,9 @@ def test_decompression_bombs_are_refused():
     images.decode(data, 'huge.png')
 
 
-@pytest.mark.parametrize('pixels', [
-    np.array([[0.5, 1.5]], np.float32), np.array([[0, 70_000]], np.int32)])
+@pytest.mark.parametrize(
+  'pixels', [np.array([[0.5, 1.5]], np.float32), np.array([[0, 70_000]], np.int32)]
+)
 def test_pixels_of_unknown_range_are_refused(pixels):
   with pytest.raises(UserError, match='cannot decode depth.tif: .*range is unknown'):
     images.decode(encoded(Image.fromarray(pixels), 'TIFF'), 'depth.tif')
@@ -169,16 +176,16 @@ def test_decoding_is_safe_in_threads():
 # What torchvision's Resize(int(size / crop_ratio)) and CenterCrop(size) do: the resized height
 # and width, and where the crop starts. Halves are rounded to even, as Python's round does.
 TORCHVISION = [
-    # height, width, size, crop_ratio, resized, top and left
-    (300, 401, 224, 0.875, (256, 342), (16, 59)),
-    (401, 300, 224, 0.875, (342, 256), (59, 16)),
-    (256, 256, 224, 0.875, (256, 256), (16, 16)),
-    (97, 613, 224, 0.875, (256, 1617), (16, 696)),
-    (31, 47, 32, 0.875, (36, 54), (2, 11)),
-    (100, 103, 32, 1.0, (32, 32), (0, 0)),
-    (100, 104, 32, 1.0, (32, 33), (0, 0)),
-    (100, 110, 32, 1.0, (32, 35), (0, 2)),
-    (1, 9, 33, 1.0, (33, 297), (0, 132)),
+  # height, width, size, crop_ratio, resized, top and left
+  (300, 401, 224, 0.875, (256, 342), (16, 59)),
+  (401, 300, 224, 0.875, (342, 256), (59, 16)),
+  (256, 256, 224, 0.875, (256, 256), (16, 16)),
+  (97, 613, 224, 0.875, (256, 1617), (16, 696)),
+  (31, 47, 32, 0.875, (36, 54), (2, 11)),
+  (100, 103, 32, 1.0, (32, 32), (0, 0)),
+  (100, 104, 32, 1.0, (32, 33), (0, 0)),
+  (100, 110, 32, 1.0, (32, 35), (0, 2)),
+  (1, 9, 33, 1.0, (33, 297), (0, 132)),
 ]
 
 
@@ -189,13 +196,14 @@ def test_resize_and_crop_is_torchvisions(height, width, size, crop_ratio, resize
   assert result.dtype == np.uint8
   whole = np.asarray(image.resize(resized[::-1], Image.Resampling.BICUBIC))
   top, left = start
-  np.testing.assert_array_equal(result, whole[top:top + size, left:left + size])
+  np.testing.assert_array_equal(result, whole[top : top + size, left : left + size])
 
 
 def test_default_crop_ratio_is_the_official_one():
   image = Image.fromarray(picture(40, 50))
   np.testing.assert_array_equal(
-      images.resize_and_crop(image, 28), images.resize_and_crop(image, 28, 0.875))
+    images.resize_and_crop(image, 28), images.resize_and_crop(image, 28, 0.875)
+  )
 
 
 def test_an_image_of_the_right_size_passes_unchanged():

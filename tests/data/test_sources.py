@@ -35,13 +35,16 @@ def error_of(source, **options):
 # --- load ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('source,hint', [
+@pytest.mark.parametrize(
+  'source,hint',
+  [
     ('digit', "did you mean 'digits'?"),
     ('cifar10', "did you mean 'tfds:cifar10'?"),
     ('foldr:/images', "did you mean 'folder'?"),
     ('digits:8', "did you mean 'digits'?"),
     ('', 'npz:FILE, digits)'),
-])
+  ],
+)
 def test_unknown_source(source, hint):
   message = error_of(source)
   assert message.startswith(f'unknown source {source!r} (allowed: tfds:NAME[:VERSION], folder:DIR')
@@ -203,6 +206,7 @@ def test_digits():
 
 def test_digits_are_scaled_and_enlarged():
   from sklearn.datasets import load_digits
+
   data = sources.load('digits')
   grey = {np.rint(d * 255 / 16).astype(np.uint8).tobytes() for d in load_digits().images}
   seen = set()
@@ -245,8 +249,14 @@ def test_npz_images_have_three_channels(tmp_path, shape):
 
 
 def test_npz_for_evaluation_only(tmp_path):
-  data = sources.load(npz(tmp_path / 'set.npz', x_test=random_images(3), y_test=[0, 2, 1],
-                          class_names=['ant', 'bee', 'cat', 'dog']))
+  data = sources.load(
+    npz(
+      tmp_path / 'set.npz',
+      x_test=random_images(3),
+      y_test=[0, 2, 1],
+      class_names=['ant', 'bee', 'cat', 'dog'],
+    )
+  )
   assert data.train is None and data.validation is None and len(data.test) == 3
   assert data.class_names == ('ant', 'bee', 'cat', 'dog')
 
@@ -255,28 +265,42 @@ X = random_images(4)
 Y = np.array([0, 1, 0, 1])
 
 
-@pytest.mark.parametrize('arrays,message', [
-    ({'x_train': X, 'y_trian': Y}, "unknown key 'y_trian' (allowed: x_train, y_train, x_val, "
-     "y_val, x_test, y_test, class_names), did you mean 'y_train'?"),
+@pytest.mark.parametrize(
+  'arrays,message',
+  [
+    (
+      {'x_train': X, 'y_trian': Y},
+      "unknown key 'y_trian' (allowed: x_train, y_train, x_val, "
+      "y_val, x_test, y_test, class_names), did you mean 'y_train'?",
+    ),
     ({'x_train': X}, 'x_train and y_train come together, but one is missing'),
     ({'class_names': ['a', 'b']}, 'holds no images'),
-    ({'x_train': X.astype(np.float32), 'y_train': Y},
-     'x_train is float32 [4, 4, 4, 3], but must be uint8 [N, H, W], [N, H, W, 1] or'),
+    (
+      {'x_train': X.astype(np.float32), 'y_train': Y},
+      'x_train is float32 [4, 4, 4, 3], but must be uint8 [N, H, W], [N, H, W, 1] or',
+    ),
     ({'x_train': X[..., :2], 'y_train': Y}, 'x_train is uint8 [4, 4, 4, 2], but must be'),
     ({'x_train': X[:0], 'y_train': Y[:0]}, 'x_train is uint8 [0, 4, 4, 3], but must be'),
     ({'x_train': X, 'y_train': Y / 2}, 'y_train is float64 [4], but must be integers [4]'),
     ({'x_train': X, 'y_train': Y[:3]}, 'y_train is int64 [3], but must be integers [4]'),
     ({'x_train': X, 'y_train': Y[:, None]}, 'y_train is int64 [4, 1], but must be integers [4]'),
     ({'x_train': X, 'y_train': Y - 1}, 'y_train[0]: label -1 is not one of the 1 classes'),
-    ({'x_test': X, 'y_test': Y + 1, 'class_names': ['a', 'b']},
-     'y_test[1]: label 2 is not one of the 2 classes, 0 to 1'),
+    (
+      {'x_test': X, 'y_test': Y + 1, 'class_names': ['a', 'b']},
+      'y_test[1]: label 2 is not one of the 2 classes, 0 to 1',
+    ),
     ({'x_test': X, 'y_test': Y * 10**9}, 'labels go up to 1000000000, but there are only 4'),
     ({'x_test': X, 'y_test': Y * 0}, "has one class only, '0'; a classifier needs two or more"),
-    ({'x_test': X, 'y_test': Y, 'class_names': [1, 2]},
-     'class_names is int64 [2], but must be strings [K]'),
-    ({'x_test': X, 'y_test': Y, 'class_names': np.array(['a', None])},
-     'is not an .npz file of plain arrays (no objects)'),
-])
+    (
+      {'x_test': X, 'y_test': Y, 'class_names': [1, 2]},
+      'class_names is int64 [2], but must be strings [K]',
+    ),
+    (
+      {'x_test': X, 'y_test': Y, 'class_names': np.array(['a', None])},
+      'is not an .npz file of plain arrays (no objects)',
+    ),
+  ],
+)
 def test_bad_npz(tmp_path, arrays, message):
   assert message in error_of(npz(tmp_path / 'set.npz', **arrays))
 
@@ -302,17 +326,30 @@ def make_folder(root, *paths):
   return f'folder:{root}'
 
 
-@pytest.mark.parametrize('train,validation,test', [
-    ('train', 'val', 'test'), ('Training', 'VALID', 'evaluation'), ('TRAIN', 'validation', 'Test')])
+@pytest.mark.parametrize(
+  'train,validation,test',
+  [('train', 'val', 'test'), ('Training', 'VALID', 'evaluation'), ('TRAIN', 'validation', 'Test')],
+)
 def test_folder_with_splits(tmp_path, train, validation, test):
-  source = make_folder(tmp_path, f'{train}/cat/1.png', f'{train}/cat/2.PNG', f'{train}/ant/1.gif',
-                       f'{validation}/cat/3.bmp', f'{validation}/ant/3.webp',
-                       f'{test}/ant/4.tif', f'{test}/ant/5.ppm', f'{test}/cat/4.jpg')
+  source = make_folder(
+    tmp_path,
+    f'{train}/cat/1.png',
+    f'{train}/cat/2.PNG',
+    f'{train}/ant/1.gif',
+    f'{validation}/cat/3.bmp',
+    f'{validation}/ant/3.webp',
+    f'{test}/ant/4.tif',
+    f'{test}/ant/5.ppm',
+    f'{test}/cat/4.jpg',
+  )
   data = sources.load(source)
   assert data.name == tmp_path.name and data.class_names == ('ant', 'cat')
   assert data.held_out.size == 0
   assert [s.labels.tolist() for s in (data.train, data.validation, data.test)] == [
-      [0, 1, 1], [0, 1], [0, 0, 1]]
+    [0, 1, 1],
+    [0, 1],
+    [0, 0, 1],
+  ]
   example = data.train[2]
   assert (example.label, example.index) == (1, 2)
   assert example.name == str(tmp_path / train / 'cat' / '2.PNG')
@@ -339,8 +376,15 @@ def test_folder_for_evaluation_only(tmp_path):
 
 
 def test_nested_linked_and_hidden_files(tmp_path):
-  source = make_folder(tmp_path / 'set', 'a/deep/er/1.png', 'a/0.png', 'b/2.png', 'a/.3.png',
-                       'b/.thumbs/4.png', '.git/5.png')
+  source = make_folder(
+    tmp_path / 'set',
+    'a/deep/er/1.png',
+    'a/0.png',
+    'b/2.png',
+    'a/.3.png',
+    'b/.thumbs/4.png',
+    '.git/5.png',
+  )
   make_folder(tmp_path, 'elsewhere/6.png', '7.png')
   (tmp_path / 'set/a/notes.txt').write_text('no image')
   os.symlink(tmp_path / 'elsewhere', tmp_path / 'set/b/linked')
@@ -348,7 +392,12 @@ def test_nested_linked_and_hidden_files(tmp_path):
   os.symlink(tmp_path / 'set/a', tmp_path / 'set/a/deep/loop')
   train = sources.load(source, holdout=0).train
   assert [os.path.relpath(e.name, tmp_path / 'set') for e in train] == [
-      'a/0.png', 'a/deep/er/1.png', 'b/2.png', 'b/7.png', 'b/linked/6.png']
+    'a/0.png',
+    'a/deep/er/1.png',
+    'b/2.png',
+    'b/7.png',
+    'b/linked/6.png',
+  ]
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
@@ -357,25 +406,35 @@ def test_home_is_expanded(tmp_path, monkeypatch):
   assert len(sources.load('folder:~/set', holdout=0).train) == 2
 
 
-@pytest.mark.parametrize('paths,message', [
-    (['train/a/1.png', 'train/b/1.png', 'val/a/1.png', 'val/c/1.png'],
-     "{root}/val has no class 'b', but {root}/train has; all splits have the same class folders"),
-    (['train/a/1.png', 'train/b/1.png', 'test/a/1.png', 'test/b/1.png', 'test/c/1.png'],
-     "{root}/train has no class 'c', but {root}/test has"),
+@pytest.mark.parametrize(
+  'paths,message',
+  [
+    (
+      ['train/a/1.png', 'train/b/1.png', 'val/a/1.png', 'val/c/1.png'],
+      "{root}/val has no class 'b', but {root}/train has; all splits have the same class folders",
+    ),
+    (
+      ['train/a/1.png', 'train/b/1.png', 'test/a/1.png', 'test/b/1.png', 'test/c/1.png'],
+      "{root}/train has no class 'c', but {root}/test has",
+    ),
     (['train/1.png', 'val/2.png'], 'no class folders in {root}/train; looked for DIR/train/CLASS'),
     (['1.png', '2.png'], 'no class folders in {root}; looked for DIR/train/CLASS/image or DIR/CL'),
     (['a/1.png'], "has one class only, 'a'; a classifier needs two or more"),
     (['train/a/1.png', 'Training/a/1.png'], '{root} has two folders for train: Training and train'),
-    (['train/a/1.png', 'vaild/a/1.png'],
-     "{root} has an unknown folder 'vaild' beside its splits, did you mean 'valid'?"),
-])
+    (
+      ['train/a/1.png', 'vaild/a/1.png'],
+      "{root} has an unknown folder 'vaild' beside its splits, did you mean 'valid'?",
+    ),
+  ],
+)
 def test_bad_folder(tmp_path, paths, message):
   assert message.format(root=tmp_path) in error_of(make_folder(tmp_path, *paths))
 
 
 def test_folders_without_images(tmp_path):
   assert error_of(f'folder:{tmp_path}/no') == (
-      f"no folder '{tmp_path}/no'; looked for DIR/train/CLASS/image or DIR/CLASS/image below it")
+    f"no folder '{tmp_path}/no'; looked for DIR/train/CLASS/image or DIR/CLASS/image below it"
+  )
   assert f'no class folders in {tmp_path}; looked' in error_of(f'folder:{tmp_path}')
   source = make_folder(tmp_path, 'train/a/1.png', 'test/a/1.png')
   for split in ('train', 'test'):
@@ -400,8 +459,10 @@ def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
   """14 million images, and a copy of the split in every process that reads."""
   for name in ('n01440764', 'n01443537'):
     (tmp_path / name).mkdir()
-  files = {f'{tmp_path}/n0144{c}': [f'n0144{c}_{i * 7919 % 30011}.JPEG' for i in range(5_000)]
-           for c in ('0764', '3537')}
+  files = {
+    f'{tmp_path}/n0144{c}': [f'n0144{c}_{i * 7919 % 30011}.JPEG' for i in range(5_000)]
+    for c in ('0764', '3537')
+  }
   monkeypatch.setattr(os, 'walk', lambda top, **_: [(top, [], files[top])])
   train = sources.load(f'folder:{tmp_path}', holdout=0).train
   assert len(pickle.dumps(train)) < 10 * len(train)
@@ -484,8 +545,18 @@ def test_the_digest_of_a_tfds_data_set_needs_no_reading(cifar10, tmp_path):
 
 # --- TFDS ---------------------------------------------------------------------------------------
 
-CIFAR10_NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship',
-                 'truck']
+CIFAR10_NAMES = [
+  'airplane',
+  'automobile',
+  'bird',
+  'cat',
+  'deer',
+  'dog',
+  'frog',
+  'horse',
+  'ship',
+  'truck',
+]
 
 
 def cifar_archive(path, prefix, train_files, test_files, label_files, per_file):
@@ -497,7 +568,8 @@ def cifar_archive(path, prefix, train_files, test_files, label_files, per_file):
     labels = np.stack([np.arange(count) % len(names) for names in label_files.values()], -1)
     pixels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
     records = np.concatenate(
-        [labels.astype(np.uint8), pixels.transpose(0, 3, 1, 2).reshape(count, -1)], 1)
+      [labels.astype(np.uint8), pixels.transpose(0, 3, 1, 2).reshape(count, -1)], 1
+    )
     for file, part in zip(files, np.split(records, len(files)), strict=True):
       members[file] = part.tobytes()
     arrays[split] = labels, pixels
@@ -516,6 +588,7 @@ def cifar_archive(path, prefix, train_files, test_files, label_files, per_file):
 def tfds():
   """TFDS; fails when something here has made it import TensorFlow."""
   import tensorflow_datasets
+
   before = 'tensorflow' in sys.modules
   yield tensorflow_datasets
   assert ('tensorflow' in sys.modules) == before
@@ -535,8 +608,13 @@ def cifar10(tmp_path_factory, tfds):
   data_dir = tmp_path_factory.mktemp('tfds')
   archive = data_dir / 'downloads/manual/cifar-10-binary.tar.gz'
   arrays = cifar_archive(
-      archive, 'cifar-10-batches-bin/', [f'data_batch_{i}.bin' for i in range(1, 6)],
-      ['test_batch.bin'], {'batches.meta.txt': CIFAR10_NAMES}, 20)
+    archive,
+    'cifar-10-batches-bin/',
+    [f'data_batch_{i}.bin' for i in range(1, 6)],
+    ['test_batch.bin'],
+    {'batches.meta.txt': CIFAR10_NAMES},
+    20,
+  )
   _, printed = prepare_from(archive, 'tfds:cifar10', data_dir, tfds)
   return data_dir, arrays, printed
 
@@ -544,8 +622,9 @@ def cifar10(tmp_path_factory, tfds):
 def test_cifar10_is_prepared_from_its_archive(cifar10):
   data_dir, arrays, printed = cifar10
   assert printed == (
-      f'Preparing cifar10 in {data_dir}/cifar10/3.0.2: 162.17 MiB from '
-      'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz (once)\n')
+    f'Preparing cifar10 in {data_dir}/cifar10/3.0.2: 162.17 MiB from '
+    'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz (once)\n'
+  )
   data = sources.load('tfds:cifar10', data_dir=str(data_dir), holdout=0)
   assert data.name == 'cifar10' and data.class_names == tuple(CIFAR10_NAMES)
   assert data.validation is None
@@ -574,15 +653,20 @@ def test_cifar100_is_prepared_from_its_archive(tmp_path, tfds):
   fine = [f'fine_{i}' for i in range(100)]
   archive = tmp_path / 'downloads/manual/cifar-100-binary.tar.gz'
   arrays = cifar_archive(
-      archive, 'cifar-100-binary/', ['train.bin'], ['test.bin'],
-      {'coarse_label_names.txt': [f'coarse_{i}' for i in range(20)], 'fine_label_names.txt': fine},
-      100)
+    archive,
+    'cifar-100-binary/',
+    ['train.bin'],
+    ['test.bin'],
+    {'coarse_label_names.txt': [f'coarse_{i}' for i in range(20)], 'fine_label_names.txt': fine},
+    100,
+  )
   data, printed = prepare_from(archive, 'tfds:cifar100:3.0.2', tmp_path, tfds)
   assert printed.startswith(f'Preparing cifar100 in {tmp_path}/cifar100/3.0.2: 160.71 MiB from ')
   assert data.class_names == tuple(fine) and (len(data.train), len(data.validation)) == (90, 10)
   labels, pixels = arrays['test']
   assert {pixels_of(e).tobytes(): e.label for e in data.test} == {
-      p.tobytes(): int(label) for p, (_, label) in zip(pixels, labels, strict=True)}
+    p.tobytes(): int(label) for p, (_, label) in zip(pixels, labels, strict=True)
+  }
 
 
 def test_tfds_holds_out_and_reads_in_any_order(cifar10):
@@ -610,7 +694,8 @@ def test_a_wrong_archive(tmp_path, tfds, capsys):
   manual.mkdir(parents=True)
   (manual / 'cifar-10-binary.tar.gz').write_bytes(b'something else')
   assert error_of('tfds:cifar10', data_dir=str(tmp_path)) == (
-      f'cifar-10-binary.tar.gz in {tmp_path}/downloads has the wrong checksum; remove it')
+    f'cifar-10-binary.tar.gz in {tmp_path}/downloads has the wrong checksum; remove it'
+  )
 
 
 def test_no_network(tmp_path, tfds, monkeypatch, capsys):
@@ -621,15 +706,18 @@ def test_no_network(tmp_path, tfds, monkeypatch, capsys):
 
   monkeypatch.setattr(requests, 'head', fail)
   assert error_of('tfds:cifar10', data_dir=str(tmp_path)) == (
-      'cannot download cifar10: no network, or https://www.cs.toronto.edu/~kriz/'
-      'cifar-10-binary.tar.gz does not answer; bring cifar-10-binary.tar.gz to '
-      f'{tmp_path}/downloads/manual, or give the data_dir where TFDS has prepared cifar10 as '
-      'ArrayRecord')
+    'cannot download cifar10: no network, or https://www.cs.toronto.edu/~kriz/'
+    'cifar-10-binary.tar.gz does not answer; bring cifar-10-binary.tar.gz to '
+    f'{tmp_path}/downloads/manual, or give the data_dir where TFDS has prepared cifar10 as '
+    'ArrayRecord'
+  )
   assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-@pytest.mark.parametrize('error,message', [
-    ('HTTP code: 404', 'HTTP code: 404'), (OSError(28, 'No space left on device'), 'No space')])
+@pytest.mark.parametrize(
+  'error,message',
+  [('HTTP code: 404', 'HTTP code: 404'), (OSError(28, 'No space left on device'), 'No space')],
+)
 def test_preparing_that_fails(tmp_path, tfds, monkeypatch, capsys, error, message):
 
   def fail(self, url):
@@ -641,37 +729,55 @@ def test_preparing_that_fails(tmp_path, tfds, monkeypatch, capsys, error, messag
   assert found.startswith(f'cannot prepare cifar10 in {tmp_path}: ') and message in found
 
 
-@pytest.mark.parametrize('name,message', [
+@pytest.mark.parametrize(
+  'name,message',
+  [
     ('cifar11', "unknown TFDS data set 'cifar11' (all: https://www.tensorflow.org/datasets/"),
     ('CIFAR10', "overview), did you mean 'cifar10'?"),
     ('imagenet2021', "did you mean 'imagenet2012'?"),
     ('cifar-10', "'tfds:cifar-10' is not of the form tfds:NAME[/CONFIG][:VERSION], did you mean "),
     ('', "'tfds:' is not of the form tfds:NAME[/CONFIG][:VERSION]"),
-    ('huggingface:mnist', "is not of the form tfds:NAME[/CONFIG][:VERSION]"),
-    ('cifar10:9.9.9', "TFDS cannot open 'cifar10:9.9.9': Dataset cifar10 cannot be loaded at "
-     'version 9.9.9, only: 3.0.2.'),
+    ('huggingface:mnist', 'is not of the form tfds:NAME[/CONFIG][:VERSION]'),
+    (
+      'cifar10:9.9.9',
+      "TFDS cannot open 'cifar10:9.9.9': Dataset cifar10 cannot be loaded at "
+      'version 9.9.9, only: 3.0.2.',
+    ),
     ('cifar10/large', "TFDS cannot open 'cifar10/large': BuilderConfig large not found"),
-])
+  ],
+)
 def test_unknown_tfds_names(tmp_path, tfds, name, message):
   assert message in error_of(f'tfds:{name}', data_dir=str(tmp_path))
 
 
-ENVIRONMENT = ('python3 -m venv tfds-env && tfds-env/bin/pip install tensorflow-cpu apache-beam '
-               'mlcroissant tensorflow-datasets importlib_resources && tfds-env/bin/tfds')
+ENVIRONMENT = (
+  'python3 -m venv tfds-env && tfds-env/bin/pip install tensorflow-cpu apache-beam '
+  'mlcroissant tensorflow-datasets importlib_resources && tfds-env/bin/tfds'
+)
 
 
-@pytest.mark.parametrize('name,before', [
+@pytest.mark.parametrize(
+  'name,before',
+  [
     ('mnist', 'prepare it with: '),
-    ('imagenet2012', 'put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from '
-     "https://image-net.org/download-images) in '{root}'/downloads/manual, then: "),
-    ('imagenet2012_subset/1pct', 'put the files that https://www.tensorflow.org/datasets/catalog/'
-     "imagenet2012_subset asks for in '{root}'/downloads/manual, then: "),
-])
+    (
+      'imagenet2012',
+      'put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (from '
+      "https://image-net.org/download-images) in '{root}'/downloads/manual, then: ",
+    ),
+    (
+      'imagenet2012_subset/1pct',
+      'put the files that https://www.tensorflow.org/datasets/catalog/'
+      "imagenet2012_subset asks for in '{root}'/downloads/manual, then: ",
+    ),
+  ],
+)
 def test_what_tfds_cannot_prepare_tfds(tmp_path, tfds, name, before):
   root = f'{tmp_path}/data sets'  # the commands can be pasted, whatever the path
   assert error_of(f'tfds:{name}', data_dir=root) == (
-      f'tfds:{name} is not prepared in {root}; {before.format(root=root)}{ENVIRONMENT} build {name}'
-      f" --file_format=array_record --data_dir='{root}'")
+    f'tfds:{name} is not prepared in {root}; {before.format(root=root)}{ENVIRONMENT} build {name}'
+    f" --file_format=array_record --data_dir='{root}'"
+  )
 
 
 def test_tfrecord_alone_is_not_enough_but_may_stand_beside(cifar10, tmp_path):
@@ -681,9 +787,10 @@ def test_tfrecord_alone_is_not_enough_but_may_stand_beside(cifar10, tmp_path):
   info['fileFormat'] = 'tfrecord'
   (folder / 'dataset_info.json').write_text(json.dumps(info))
   assert error_of('tfds:cifar10', data_dir=str(tmp_path)) == (
-      f'tfds:cifar10 is prepared in {tmp_path} as tfrecord only, which has no random access; add '
-      f'ArrayRecord with: {ENVIRONMENT} convert_format --dataset_version_dir={folder} '
-      '--out_file_format=array_record')
+    f'tfds:cifar10 is prepared in {tmp_path} as tfrecord only, which has no random access; add '
+    f'ArrayRecord with: {ENVIRONMENT} convert_format --dataset_version_dir={folder} '
+    '--out_file_format=array_record'
+  )
   info['alternativeFileFormats'] = ['array_record']  # what `tfds convert_format` adds
   (folder / 'dataset_info.json').write_text(json.dumps(info))
   assert len(sources.load('tfds:cifar10', data_dir=str(tmp_path), holdout=0).train) == 100
@@ -711,9 +818,16 @@ def build(tfds, data_dir, splits, features=None):
     pkg_dir_path = data_dir
 
     def _info(self):
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-          features or {'image': tfds.features.Image(),
-                       'label': tfds.features.ClassLabel(names=['disc', 'ring', 'star'])}))
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          features
+          or {
+            'image': tfds.features.Image(),
+            'label': tfds.features.ClassLabel(names=['disc', 'ring', 'star']),
+          }
+        ),
+      )
 
     def _split_generators(self, downloads):
       return {split: self._generate_examples(labels) for split, labels in splits.items()}
@@ -728,8 +842,9 @@ def build(tfds, data_dir, splits, features=None):
 
 
 def test_a_tfds_data_set_with_its_own_validation(tmp_path, tfds):
-  data = build(tfds, tmp_path,
-               {'train': [0, 1, 2, 1], 'val': [2, 1], 'test': [-1, -1, -1], 'extra': [0]})
+  data = build(
+    tfds, tmp_path, {'train': [0, 1, 2, 1], 'val': [2, 1], 'test': [-1, -1, -1], 'extra': [0]}
+  )
   assert data.name == 'our_shapes' and data.class_names == ('disc', 'ring', 'star')
   assert (len(data.train), len(data.validation), data.held_out.size) == (4, 2, 0)
   assert data.test is None  # its labels are secret
@@ -750,14 +865,20 @@ def test_tfds_labels_are_checked(tmp_path, tfds):
 
 
 def test_tfds_without_a_split_we_know(tmp_path, tfds):
-  with pytest.raises(UserError, match='our_shapes has none of the splits train, validation and '
-                                      'test; it has easy, hard'):
+  with pytest.raises(
+    UserError,
+    match='our_shapes has none of the splits train, validation and test; it has easy, hard',
+  ):
     build(tfds, tmp_path, {'easy': [0], 'hard': [1]})
 
 
 def test_tfds_that_is_not_classification(tmp_path, tfds):
   features = tfds.features
-  with pytest.raises(UserError, match=r'our_shapes is not made of image \(Image\) and label '
-                     r'\(ClassLabel\); it has image \(Image\), label \(Text\)'):
-    build(tfds, tmp_path, {'train': ['a', 'b']},
-          {'image': features.Image(), 'label': features.Text()})
+  with pytest.raises(
+    UserError,
+    match=r'our_shapes is not made of image \(Image\) and label '
+    r'\(ClassLabel\); it has image \(Image\), label \(Text\)',
+  ):
+    build(
+      tfds, tmp_path, {'train': ['a', 'b']}, {'image': features.Image(), 'label': features.Text()}
+    )
