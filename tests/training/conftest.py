@@ -7,7 +7,8 @@ from PIL import Image
 from cvt_flax.training import loop
 
 # A config file for a network small enough to compile in seconds, on a data set that a test writes.
-# Everything that has state is on: averages, accumulation, mixing, dropout, drop path.
+# Everything that has state is on: averages, accumulation, mixing, dropout, drop path. It compiles
+# soonest for one device; what is about the mesh asks for more.
 CONFIG = """
 from cvt_flax.training.config import get_config as defaults
 
@@ -22,6 +23,7 @@ def get_config():
   config.learning_rate = 0.01
   config.log_every = 7
   config.tensorboard = False
+  config.mesh.data = 1
   config.model.name = 'cvt-nano'
   config.model.embed_dims = (8, 8)
   config.model.depths = (1, 1)

@@ -88,7 +88,7 @@ def test_a_run_folder_of_another_config_is_not_touched(trained):
 
 
 def test_a_run_may_get_more_epochs_another_mesh_and_other_checkpoints(config, tmp_path):
-  config.epochs = 2
+  config.epochs, config.mesh.data = 2, 8
   loop.run(config, tmp_path)
   config.epochs, config.mesh.data, config.checkpoint.every_steps = 3, 4, 0
   loop.run(config, tmp_path)
@@ -241,7 +241,10 @@ def test_a_test_split_and_test_images_held_out(config, tmp_path):
   [
     ({'mesh.data': 3}, 'batch_size=16 does not divide over 3 devices: 15 or 18 would'),
     ({'mesh.data': 9}, 'mesh.data=9: there are 8 devices'),
-    ({'eval.batch_size': 10}, 'eval.batch_size=10 does not divide over 8 devices: 8 or 16 would'),
+    (
+      {'mesh.data': 8, 'eval.batch_size': 10},
+      'eval.batch_size=10 does not divide over 8 devices: 8 or 16 would',
+    ),
     ({'batch_size': 1600}, 'batch_size=1600: .* has only 180 images'),
     ({'model.kv_strides': (4, 1)}, 'leaves stage 0 of the model a single key'),
     (
