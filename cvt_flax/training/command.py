@@ -59,8 +59,10 @@ def _parse(argv):
       if not path:
         raise UserError(_CONFIG_IS_NEEDED)
   if path and not path.is_file():
-    close = nearest(str(path), [str(p) for p in shipped_configs()])
-    raise UserError(f'--config={path}: there is no such file{close}')
+    close = nearest(path.stem, [p.stem for p in shipped_configs()])
+    raise UserError(
+      f'--config={path}: there is no such file{close}; --list-configs lists those that come along'
+    )
   try:
     rest = flags.FLAGS(argv)
   except UserError:
@@ -110,4 +112,6 @@ def _config_error(path, error):
 def _one_line(error):
   """Returns an error's message on one line, less the list of all keys that ml_collections adds."""
   text = re.sub(r'Other fields present: ".*"(\n|\\n|$)', '', str(error), flags=re.DOTALL)
+  text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r'\1 is no whole number', text)
+  text = re.sub(r"could not convert string to float: ('.*')", r'\1 is no number', text)
   return ' '.join(text.split())
