@@ -12,8 +12,8 @@ class Progress:
   """Images/s, loss and the time that is left.
 
   A terminal gets one line that is written over about once a second, a log file or a notebook one
-  plain line at every interval, and a first one after ten seconds of steps. The rate is over training steps alone: compilation, evaluation and
-  checkpoints do not count.
+  plain line at every interval, and a first one after ten seconds of steps. The rate is over
+  training steps alone: compilation, evaluation and checkpoints do not count.
   """
 
   def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream=None):
