@@ -7,7 +7,8 @@ from cvt_flax import command_line, terminal
 _EPILOG = """\
 SRC is a .pth file of the authors' code or of vit-pytorch, a folder of Hugging Face
 (config.json with model.safetensors or pytorch_model.bin), hf:NAME, a folder that this
-program wrote, or the run folder of a training. DST must not exist.
+program wrote, the run folder of a training, or a name of weights that come along,
+cvt-nano-cifar10. DST must not exist; one that ends with .pth is a file, else a folder.
 
   python -m cvt_flax.convert CvT-13-224x224-IN-1k.pth cvt-13/
   python -m cvt_flax.convert runs/cvt13_cifar10-seed0 for_transformers/ --to=huggingface
@@ -24,8 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     epilog=_EPILOG,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('source', metavar='SRC')
-  parser.add_argument('destination', metavar='DST')
+  parser.add_argument('source', metavar='SRC', help='the weights, see below')
+  parser.add_argument('destination', metavar='DST', help='the file or folder to write')
   parser.add_argument(
     '--to',
     default='',

@@ -15,6 +15,9 @@ from cvt_flax.errors import UserError
 # from strangers. JPEG includes the multi-picture files of phones.
 FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM')
 
+# What a data set's errors say to who has images that cannot be decoded.
+SKIP = '--config.skip_unreadable=true leaves such images out'
+
 # EXIF 2.32, tag 0x0112: what undoes each orientation (1 is upright). Pillow's own
 # `ImageOps.exif_transpose` also rewrites the metadata, and fails where these are damaged.
 _UPRIGHT = {

@@ -106,9 +106,9 @@ def read_arrays(
       index[place] = example.index
       try:
         image[place] = images.prepare(example.image, example.name, image_size, crop_ratio)
-      except UserError:
+      except UserError as error:
         if not skip_unreadable:
-          raise
+          raise UserError(f'{error}; {images.SKIP}') from error
         left_out.append((place, example.name))
     return left_out
 

@@ -178,9 +178,9 @@ class _Rows:
     """Returns one row of a batch; `pixels` turns the example into uint8 [size, size, 3]."""
     try:
       image, mask = pixels(example), 1
-    except UserError:
+    except UserError as error:
       if not self.reading.skip_unreadable:
-        raise
+        raise UserError(f'{error}; {images.SKIP}') from error
       image, mask = np.zeros((size, size, 3), np.uint8), 0
     return {
       'image': image,

@@ -52,13 +52,9 @@ def _results(groups):
     for group in groups:
       values = list(group.finals(metric).values())
       mean, deviation = statistics.mean_and_deviation(values) if values else (None, None)
-      spread = number(min(values), form), number(max(values), form)
-      if len(values) < 2:
-        spread = number(None), number(None)
-      rows.append(
-        [group.name, name, number(mean, form), number(deviation, form), *spread]
-        + [number(len(values))]
-      )
+      ends = (min(values), max(values)) if len(values) > 1 else (None, None)
+      numbers = [number(value, form) for value in (mean, deviation, *ends)]
+      rows.append([group.name, name, *numbers, number(len(values))])
   parts = []
   if rows:
     head = ['config', 'metric', 'mean', 'deviation', 'lowest', 'highest', 'runs']

@@ -1,5 +1,6 @@
 """The command line of train.py: its flags, and their errors in one line."""
 
+import difflib
 import itertools
 import pathlib
 import re
@@ -9,7 +10,7 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-from cvt_flax.errors import UserError, nearest
+from cvt_flax.errors import UserError
 from cvt_flax.training import command_help
 from cvt_flax.training.config import keys, unknown_key
 from cvt_flax.training.hardware import keep_freed_memory
@@ -59,15 +60,19 @@ def _parse(argv):
       if not path:
         raise UserError(_CONFIG_IS_NEEDED)
   if path and not path.is_file():
-    close = nearest(str(path), [str(p) for p in shipped_configs()])
-    raise UserError(f'--config={path}: there is no such file{close}')
+    shipped = {p.stem: p for p in shipped_configs()}
+    close = next(iter(difflib.get_close_matches(path.stem, shipped, n=1)), None)
+    words = f'did you mean {str(shipped[close])!r}?' if close else '--list-configs lists them'
+    raise UserError(f'--config={path}: there is no such file, {words}')
   try:
     rest = flags.FLAGS(argv)
   except UserError:
     raise
   except flags.Error as e:
     if 'Error whilst parsing config file' not in str(e):
-      raise UserError(_one_line(e)) from e
+      text = re.sub(r"invalid literal for int.* base 10: ('.*')", r'\1 is no integer', _one_line(e))
+      text = re.sub(r"could not convert string to float: ('.*')", r'\1 is no number', text)
+      raise UserError(text) from e
     # config_flags and absl have each wrapped what the file raised, with its whole traceback.
     raise _config_error(path, e.__context__.__context__) from e
   except Exception as e:

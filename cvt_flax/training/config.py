@@ -315,7 +315,9 @@ class TrainConfig:
 
   name: str = key('', 'of the experiment; names the run folder')
   init_from: str = key(
-    '', 'weights to start from: a .pth file, a folder of weights, hf:NAME or a run folder'
+    '',
+    'weights to start from: a .pth file, a folder of weights, a run folder, hf:NAME or '
+    'cvt-nano-cifar10',
   )
   seed: int = key(0, 'of everything that is random', low=0, high=2**32 - 1)
   seeds: int = key(1, 'runs with seed, seed + 1, ... one after another, each in DIR/seed-N', low=1)

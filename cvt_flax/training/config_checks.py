@@ -66,7 +66,7 @@ def _check_warmup(c: TrainConfig):
   if not c.steps and c.optimizer.warmup_epochs >= c.epochs:
     raise UserError(
       f'optimizer.warmup_epochs={c.optimizer.warmup_epochs}: fewer than the {c.epochs} epochs of '
-      'the run are needed'
+      f'the run are needed, --config.optimizer.warmup_epochs={c.epochs / 10:g} for example'
     )
 
 

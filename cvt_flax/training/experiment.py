@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -77,8 +78,15 @@ def read(folder: pathlib.Path) -> Experiment | None:
     return Experiment(freeze(config), tuple(record['class_names']), record['data'])
   except (OSError, ValueError, KeyError, TypeError, UserError) as e:
     raise UserError(
-      f'{path} is damaged, or of another version ({type(e).__name__}: {e}): give another --workdir'
+      f'{path} is damaged, or of another version ({type(e).__name__}: {e}): give another folder, '
+      f'{free(folder)}'
     ) from e
+
+
+def free(folder: pathlib.Path) -> str:
+  """Returns the flag for a folder beside one that is taken: '--workdir=runs/digits-seed0-2'."""
+  beside = (folder.with_name(f'{folder.name}-{i}') for i in itertools.count(2))
+  return f'--workdir={next(path for path in beside if not path.exists())}'
 
 
 def _with_defaults(saved: dict, defaults: dict) -> dict:
@@ -107,7 +115,7 @@ def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> Non
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise UserError(f'--workdir={folder}: {nearest} is not writable')
   if not holds_run and folder.exists() and any(folder.iterdir()):
-    raise UserError(f'{folder} is not empty and holds no run: give another --workdir')
+    raise UserError(f'{folder} is not empty and holds no run: give another, {free(folder)}')
 
 
 @contextlib.contextmanager
@@ -189,8 +197,8 @@ def check_config(
   if changed:
     words = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
     raise UserError(
-      f'{folder} holds a run of another config ({words}): give another --workdir, or the config '
-      'that it was started with'
+      f'{folder} holds a run of another config ({words}): give another folder, {free(folder)}, or '
+      'the config that it was started with'
     )
   if now.epochs < saved.epochs and not evaluation:
     raise UserError(
@@ -216,7 +224,7 @@ def check_data(folder: pathlib.Path, saved: Experiment, now: Experiment) -> None
   if now.data != saved.data:
     raise UserError(
       f'the images of {now.config.source} have changed since the run in {folder} was started, and '
-      'some that it was trained on might now be validated with: give another --workdir'
+      f'some that it was trained on might now be validated with: give another, {free(folder)}'
     )
 
 

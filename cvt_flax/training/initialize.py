@@ -10,6 +10,7 @@ from flax import traverse_util
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
+from cvt_flax.models.zoo import create_model, list_models
 from cvt_flax.ops.logits import num_classes
 from cvt_flax.weights import architecture, layouts, pretrained
 from cvt_flax.weights.description import same_classes
@@ -64,6 +65,12 @@ def initial_variables(
   else:
     body = shapes
   found = {path: x.shape for path, x in leaves.items()}
+  theirs, ours = _name(weights.model), _name(model)
+  if found != body and theirs and ours:
+    raise UserError(
+      f'init_from={source} is of {theirs}, and this config of {ours}: --config.model.name={theirs} '
+      'is needed'
+    )
   layouts.check(
     f'init_from={source}', *({'/'.join(p): s for p, s in t.items()} for t in (body, found))
   )
@@ -87,6 +94,16 @@ def initial_variables(
   if changed:
     print(f'not as the weights say, but as this config does: {_arrows(changed)}')
   return leaves
+
+
+def _name(model):
+  """Returns the name of a model; '' where it differs from all that have one."""
+  for name in list_models():
+    named = create_model(name)
+    same_class = type(named) is type(model)
+    if same_class and architecture.differences(named, model).keys() <= {'activation'}:
+      return name
+  return ''
 
 
 def _arrows(changed):

@@ -82,7 +82,8 @@ def _run_seeds(config, folder, mode, watch):
   """Returns {'seed-0': its final metrics, ...}; finished runs are not trained again."""
   if (folder / run_folder.EXPERIMENT).exists():
     raise UserError(
-      f'{folder} holds a run of one seed: give another --workdir for seeds={config.seeds}'
+      f'{folder} holds a run of one seed: for seeds={config.seeds} give another, '
+      f'{experiment.free(folder)}'
     )
   seeds = range(config.seed, config.seed + config.seeds)
   folders = {seed: folder / SEED_FOLDER.format(seed) for seed in seeds}
@@ -152,7 +153,10 @@ def _train(config, folder, watch):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
   _write_report(folder)
-  return _report(training, _with_validation(values, metrics))
+  values = _report(training, _with_validation(values, metrics))
+  if config.closing_note:
+    print(config.closing_note)
+  return values
 
 
 def _write_report(folder):
@@ -326,10 +330,10 @@ def _evaluate_weights(config, folder):
 
 
 def _evaluate_all(context, variables, signals, elsewhere):
-  """Returns the metrics of validation and test; elsewhere of train, where it is all there is."""
+  """Returns the metrics of validation and test; elsewhere of 'all', where there is only train."""
   splits = {'val': context.dataset.validation, 'test': context.dataset.test}
   if not any(splits.values()) and elsewhere:
-    splits = {'test': context.dataset.train}  # other images than the run's, all of one split
+    splits = {'all': context.dataset.train}
   values = _evaluate_splits(context, variables, splits, signals, 'the evaluation is not finished')
   if not values:
     source = context.config.source
@@ -361,17 +365,18 @@ def _report(context, values):
   """Prints final metrics and returns them."""
   classes = context.dataset.class_names
   of = f'checkpoint of step {values["checkpoint"]}' if 'checkpoint' in values else 'these weights'
-  for name in ('val', 'test', *(each.name for each in context.sets)):
+  for name in ('all', 'val', 'test', *(each.name for each in context.sets)):
     start = f'{name}/'
     metrics = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
     if metrics:
       print(f'{name}: {_words(metrics, classes)}  on {metrics["images"]:,} images ({of})')
       if warning := alarm(metrics, classes):
         print(f'{name}: {warning}')
-  if 'test/top1' not in values:
-    print(f'{context.config.source} has no labelled test split')
-  if context.config.closing_note:
-    print(context.config.closing_note)
+  source = context.config.source
+  if 'all/top1' in values:
+    print(f'{source} has a single split: whether the weights were trained on it is not known')
+  elif 'test/top1' not in values:
+    print(f'{source} has no labelled test split; eval.test_holdout=0.2 would make one of train')
   return values
 
 

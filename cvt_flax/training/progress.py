@@ -5,13 +5,15 @@ import time
 
 from cvt_flax import terminal
 
+_FIRST_WORDS = 10  # seconds of steps after which a log says how long it will take
+
 
 class Progress:
   """Images/s, loss and the time that is left.
 
   A terminal gets one line that is written over about once a second, a log file or a notebook one
-  plain line at every interval. The rate is over training steps alone: compilation, evaluation and
-  checkpoints do not count.
+  plain line at every interval, and a first one after ten seconds of steps. The rate is over
+  training steps alone: compilation, evaluation and checkpoints do not count.
   """
 
   def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream=None):
@@ -21,6 +23,7 @@ class Progress:
     self._seconds, self._steps = 0.0, 0  # since the rate was last asked for
     self._all_seconds, self._all_steps = 0.0, 0
     self._shown = time.perf_counter()
+    self._told = False  # how long it will take
     self._last = None  # when the clock was last read; None while it stands still
 
   def start(self) -> None:
@@ -36,7 +39,9 @@ class Progress:
       self._steps += 1
       self._all_steps += 1
       self._last = now
-    if self._tty and now - self._shown > 1:
+    if not self._tty and not self._told and self._all_seconds > _FIRST_WORDS:
+      self.interval(step, loss)
+    elif self._tty and now - self._shown > 1:
       self._shown = now
       words = self._words(step, loss)
       while len(words) > 2 and len('  '.join(words)) >= terminal.columns():
@@ -51,6 +56,7 @@ class Progress:
 
   def interval(self, step: int, loss: float) -> None:
     """Shows the line of an interval, in a log."""
+    self._told = True
     if not self._tty:
       self.say('  '.join(self._words(step, loss)))
 

@@ -93,6 +93,7 @@ class Setup:
       UserError: one of them is not usable.
     """
     self.config, self.folder = config, folder
+    build_model(config.model, 10, config.image_size)  # before a wrong name is called another config
     self.mesh = sharding.make_mesh(config.mesh.data)
     self.replicated = sharding.replicated(self.mesh)
     self.eval_batch_size = config.eval.batch_size or config.batch_size
@@ -165,7 +166,7 @@ class Setup:
     if config.source in config.eval.sets and only_train and not weights:
       raise UserError(f'eval.sets: {config.source} has no images but those that are trained on')
     for name in names:
-      if name in ('train', 'val', 'test') or names.count(name) > 1:
+      if name in ('all', 'train', 'val', 'test') or names.count(name) > 1:
         raise UserError(f'eval.sets={config.eval.sets!r}: {name!r} names other metrics as well')
     return [
       evaluation_sets.load(s, data_dir=config.data_dir, class_names=self.dataset.class_names)
@@ -283,7 +284,9 @@ class TrainingSetup(Setup):
     images = self.engine.count(self.train_data)
     self.steps_per_epoch = images // config.batch_size
     if not self.steps_per_epoch:
-      raise UserError(f'batch_size={config.batch_size}: {config.source} has only {images} images')
+      raise UserError(
+        f'batch_size={config.batch_size}: {config.source} has only {images} images to train on'
+      )
     self.total_steps = config.steps or self.steps_per_epoch * config.epochs
     self._check_schedule()
     validation = self.dataset.validation
@@ -394,8 +397,9 @@ class TrainingSetup(Setup):
         f'trained: {trained:,} parameters; frozen: {count - trained:,}, and the statistics of '
         f'{len(norms)} batch norms'
       )
-    epochs = f'{self.total_steps / self.steps_per_epoch:.4g}'
-    print(f'run folder {self.folder}: {epochs} epochs of {self.steps_per_epoch} steps')
+    plural = 's' * (self.steps_per_epoch > 1)
+    epochs = f'{self.total_steps / self.steps_per_epoch:.4g} epochs'
+    print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}')
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     (self.folder / run_folder.PARAMETERS).write_text(overview + '\n')
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C as requests that the run answers at its next step."""
 
 import signal
+import sys
 import threading
 
 from cvt_flax.errors import Interrupted
@@ -32,8 +33,11 @@ class Signals:
     del frame
     self.received = signal.Signals(number)
     signal.signal(number, self._previous[number])
+    print(f'{self._name()}: stopping after this step; again stops at once', file=sys.stderr)
 
   def interruption(self, what: str) -> Interrupted:
     """Returns the exception to raise, with `what` is to be told of the state of things."""
-    name = 'Ctrl-C' if self.received == signal.SIGINT else self.received.name
-    return Interrupted(f'{name}: {what}', _EXIT_CODES[self.received])
+    return Interrupted(f'{self._name()}: {what}', _EXIT_CODES[self.received])
+
+  def _name(self):
+    return 'Ctrl-C' if self.received == signal.SIGINT else self.received.name

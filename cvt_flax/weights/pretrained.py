@@ -106,9 +106,9 @@ def load(
   if not path.exists() and source in list_pretrained():
     path = _TRAINED / source
   if not path.exists():
-    close = nearest(path.name, [*(p.name for p in path.parent.glob('*')), *list_pretrained()])
+    close = nearest(str(path), [*map(str, path.parent.glob('*')), *list_pretrained()])
     raise UserError(
-      f'{path}: there is no such file or folder{close}; hf:NAME is for models of Hugging Face'
+      f'{path}: there is no such file or folder{close or "."} hf:NAME is for models of Hugging Face'
     )
   if path.is_file() and path.name in (_SAFETENSORS, _BIN) and (path.parent / _CONFIG).is_file():
     path = path.parent
@@ -391,7 +391,7 @@ def _download(name: str) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
   except ImportError as e:
-    raise UserError(f'hf:{name}: pip install huggingface_hub') from e
+    raise UserError(f'hf:{name} needs a package: pip install huggingface_hub') from e
   found = None
   try:
     for file in (_CONFIG, _PREPROCESSOR, _SAFETENSORS, _BIN):

@@ -213,6 +213,12 @@ def test_seeds_are_one_config(make_run, tmp_path):
   assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
 
 
+def test_a_run_without_results_is_beside_one_with_them(make_run):
+  words = Page(write_report([make_run('a'), make_run('b', finished=False)])).words
+  assert 'a test top-1 83.33%' in ' '.join(words.split())
+  assert 'Not finished, and not counted' in words
+
+
 def test_other_images_are_not_compared(make_run):
   a, b = make_run('a'), make_run('b', names=('cat', 'dog'))
   assert 'are not of the same images' in Page(write_report([a, b])).words

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from cvt_flax import convert_weights, load_pretrained, predict_images, save_pretrained
 from cvt_flax.errors import UserError
 from cvt_flax.training import experiment, loop
-from cvt_flax.training.config import freeze
+from cvt_flax.training.config import freeze, get_config
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.training.setup import TrainingSetup, build_model
 from cvt_flax.weights import pretrained
@@ -125,6 +125,28 @@ def test_weights_that_do_not_fit(attributes, message, config, weights, tmp_path)
   config.init_from = str(weights(**attributes))
   with pytest.raises(UserError, match=rf'^init_from=\S+ does not fit the model; .*{message}'):
     loop.run(config, tmp_path / 'run')
+
+
+def test_weights_of_another_named_network(npz, tmp_path):
+  config = get_config()
+  config.source, config.image_size, config.batch_size = f'npz:{npz}', 32, 16
+  config.init_from, config.model.name = 'cvt-nano-cifar10', 'cvt-13-small-images'
+  with pytest.raises(UserError) as error:
+    loop.run(config, tmp_path / 'run')
+  assert str(error.value) == (
+    'init_from=cvt-nano-cifar10 is of cvt-nano, and this config of cvt-13-small-images: '
+    '--config.model.name=cvt-nano is needed'
+  )
+
+
+def test_of_a_single_split_nothing_is_called_test(config, weights, npz, tmp_path, capsys):
+  with np.load(npz) as arrays:
+    np.savez(tmp_path / 'one.npz', **{k: v for k, v in arrays.items() if 'train' in k})
+  config.source, config.init_from = f'npz:{tmp_path}/one.npz', str(weights())
+  found = loop.run(config, tmp_path / 'nothing', mode='eval')
+  assert found['all/images'] == 200 and not any(name.startswith('test/') for name in found)
+  said = capsys.readouterr().out
+  assert 'all: top-1' in said and 'whether the weights were trained on it is not known' in said
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_weights(

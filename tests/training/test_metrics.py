@@ -172,13 +172,21 @@ def test_a_log_gets_one_plain_line_an_interval(clock):
   stream = io.StringIO()
   shown = Progress(total_steps=300, steps_per_epoch=100, batch_size=64, stream=stream)
   shown.start()
-  take_steps(shown, clock, range(1, 51), seconds=0.5)
+  take_steps(shown, clock, range(1, 21), seconds=0.5)
   assert stream.getvalue() == ''  # steps alone write nothing
-  shown.interval(50, 0.12345)
+  shown.interval(20, 0.12345)
   shown.say('epoch 1  validation')
   assert stream.getvalue() == (
-    'epoch 0.50/3  step 50/300  loss 0.1235  128 images/s  2:05 left\nepoch 1  validation\n'
+    'epoch 0.20/3  step 20/300  loss 0.1235  128 images/s  2:20 left\nepoch 1  validation\n'
   )
+
+
+def test_a_log_says_soon_how_long_it_will_take(clock):
+  stream = io.StringIO()
+  shown = Progress(total_steps=300, steps_per_epoch=100, batch_size=64, stream=stream)
+  shown.start()
+  take_steps(shown, clock, range(1, 31), seconds=1.0)
+  assert stream.getvalue() == 'epoch 0.11/3  step 11/300  loss 0.5000  64 images/s  4:49 left\n'
 
 
 def test_a_terminal_gets_one_line_that_is_written_over_about_once_a_second(clock):

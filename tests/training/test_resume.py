@@ -90,6 +90,7 @@ def test_sigterm_saves_exits_75_and_the_run_goes_on(config_file, quick_env, tmp_
   _kill_after(process, tmp_path / 'run', 0, signal.SIGTERM)
   _, message = process.communicate(timeout=120)
   assert process.returncode == 75
+  assert 'SIGTERM: stopping after this step; again stops at once' in message
   assert 'SIGTERM: saved step' in message and 'Traceback' not in message
   done = subprocess.run(
     _command(config_file, tmp_path / 'run'), env=environment, capture_output=True, text=True

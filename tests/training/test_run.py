@@ -78,6 +78,7 @@ def test_a_run_folder_of_another_config_is_not_touched(trained):
   other.model.bn_group_size = 8
   with pytest.raises(UserError) as error:
     loop.run(other, folder)
+  assert f'give another folder, --workdir={folder}-2, or the config' in str(error.value)
   assert 'learning_rate 0.01 -> 0.5' in str(error.value)
   assert 'model.bn_group_size 4 -> 8' in str(error.value)
   fewer = config.copy_and_resolve_references()
@@ -305,7 +306,7 @@ def test_too_little_memory_for_an_evaluation_names_its_own_key(config, tmp_path,
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')
 
   monkeypatch.setattr(setup, 'make_eval_step', lambda *_, **__: step)
-  config.eval.batch_size = 40
+  config.mesh.data, config.eval.batch_size = 8, 40
   message = 'eval.batch_size=40 is too large .*: try --config.eval.batch_size=16, or smaller images'
   with pytest.raises(UserError, match=message):
     loop.run(config, tmp_path / 'run')

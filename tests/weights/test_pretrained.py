@@ -312,7 +312,7 @@ def test_nothing_there(tmp_path):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(UserError, match=r'holds nothing: config\.json with'):
     pretrained.load(tmp_path / 'empty')
-  with pytest.raises(UserError, match="no such file or folder, did you mean 'empty'.*hf:NAME"):
+  with pytest.raises(UserError, match="no such file or folder, did you mean '.*/empty'. hf:NAME"):
     pretrained.load(tmp_path / 'empti')
 
 
