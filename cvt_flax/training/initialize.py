@@ -43,7 +43,10 @@ def initial_variables(
     UserError: the weights cannot be read or do not fit the model; where the head may not start
       anew, they are of other classes, or of a network that computes something else.
   """
-  weights = pretrained.load(source)
+  try:
+    weights = pretrained.load(source)
+  except UserError as e:
+    raise UserError(f'init_from: {e}') from e
   for note in weights.notes:
     print(f'{source}: {note}')
   names, classes = weights.description.class_names, weights.model.num_classes

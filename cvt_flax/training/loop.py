@@ -222,7 +222,9 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
       raise Diverged(f'the validation loss is {metrics["loss"]} after step {step}: {kept()}')
     values, names = {f'val/{k}': v for k, v in metrics.items()}, training.dataset.class_names
     writer.write(step, step / training.steps_per_epoch, values)
-    progress.say(f'epoch {step // training.steps_per_epoch}  validation: {_words(metrics, names)}')
+    epoch, rest = divmod(step, training.steps_per_epoch)
+    when = f'step {step}' if rest else f'epoch {epoch}'
+    progress.say(f'{when}  validation: {_words(metrics, names)}')
     if warning := alarm(metrics, names):
       progress.say(warning)
     save(step, metrics['top1'])
