@@ -1,0 +1,56 @@
+"""Attention over images: what its colours say."""
+
+import matplotlib
+import numpy as np
+import pytest
+
+from cvt_flax.report import pictures
+
+KEYS = 4
+GREY = np.full((32, 32, 3), 128, np.uint8)
+
+
+def over(heat, pixels=GREY):
+  return pictures.tiles(pixels, [np.asarray(heat, np.float32)])[1].astype(int)
+
+
+def uniform():
+  return np.full((KEYS, KEYS), 1 / KEYS**2, np.float32)
+
+
+def peaked(times):
+  """One key with so many times the uniform share, the others with the rest alike."""
+  share = times / KEYS**2
+  heat = np.full((KEYS, KEYS), (1 - share) / (KEYS**2 - 1), np.float32)
+  heat[1, 2] = share
+  return heat
+
+
+def test_uniform_attention_is_the_picture_evenly_darker():
+  pixels = np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8)
+  pixels[...] = pixels[..., :1]  # grey
+  found = over(uniform(), pixels)
+  assert np.abs(found - 0.4 * pixels).max() <= 3
+  assert np.ptp(over(uniform())) <= 3  # no hue
+  assert pictures.largest(uniform()) == 'largest 1.0×'
+
+
+@pytest.mark.parametrize('times', [1.5, 2.0, 15.0])
+def test_a_peak_is_brightest_where_it_is(times):
+  brightness = over(peaked(times)).sum(-1)
+  row, column = np.unravel_index(brightness.argmax(), brightness.shape)
+  side = brightness.shape[0] // KEYS
+  assert (row // side, column // side) == (1, 2)
+  assert pictures.largest(peaked(times)) == f'largest {times:.1f}×'
+  full = 0.4 * 128 * 3 + 0.6 * 255 * sum(matplotlib.colormaps['inferno'](1.0)[:3])
+  assert (brightness.max() > 0.95 * full) == (times >= 2)
+
+
+def test_next_to_uniform_attention_looks_next_to_even():
+  assert np.abs(over(peaked(1.02)) - over(uniform())).max() < 10
+  assert np.abs(over(peaked(1.5)) - over(uniform())).max() > 50
+
+
+def test_no_attention_is_no_division_by_zero():
+  with np.errstate(all='raise'):
+    assert np.array_equal(over(np.zeros((KEYS, KEYS))), over(uniform()))
