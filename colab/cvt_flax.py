@@ -224,7 +224,7 @@ results = train(cifar, RUN, watch=notebook.LiveCurves())
 results = train(cifar, RUN, mode='eval')  # the best checkpoint once more, on the same images
 
 # %%
-notebook.draw_model(load_pretrained(RUN)[0], cifar.image_size)  # the network that was trained
+notebook.draw_model(RUN)  # the network that was trained
 
 # %% [markdown]
 # A run ends with a report, `report/index.html` in its folder. Here are its figures of the test images:

@@ -89,16 +89,23 @@ def compute_dtype() -> str:
       return 'float32'
 
 
-def draw_model(model: CvT, image_size: int) -> Figure:
+def draw_model(model: CvT | str | pathlib.Path, image_size: int | None = None) -> Figure:
   """Returns a drawing of a CvT's stages for images of image_size x image_size pixels.
 
   Each map is a block as wide and high as its pixels, as deep as its channels (square roots of
   both), with its grid where the cells are large enough to be seen. What is written comes from the
   attributes.
 
+  Args:
+    model: it, or weights of it, as `load_pretrained` takes them, of which the size is known.
+    image_size: in pixels.
+
   Raises:
-    UserError: it is no CvT.
+    UserError: it is no CvT, or there are no such weights.
   """
+  if isinstance(model, str | pathlib.Path):
+    weights = pretrained.load(model)
+    model, image_size = weights.model, weights.description.preprocessing.image_size
   if not isinstance(model, CvT):
     raise UserError(f'draw_model draws the stages of a CvT, not a {type(model).__name__}')
   stages = stage_geometry(model, image_size, image_size)
@@ -227,7 +234,8 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     raise UserError('no prediction is given')
   figure = _figure(7, 1.75 * len(predictions) + 0.4, layout='constrained')
   grid = figure.subplots(len(predictions), 2, squeeze=False, width_ratios=(1, 1.6))
-  end = 1.15 * max(max(found.probabilities) for found in predictions)  # one scale, to compare
+  # One scale, to compare them; what is less than a tenth is to look small.
+  end = 1.15 * max(0.1, *(max(found.probabilities) for found in predictions))
   for (left, right), found in zip(grid, predictions, strict=True):
     data = pathlib.Path(found.image).read_bytes()
     left.imshow(np.asarray(images.decode(data, found.image)))

@@ -22,7 +22,7 @@ _LONGEST_NAME = 20  # letters
 _MOST_ANNOTATED = 12  # classes of a confusion matrix that has its numbers in it
 MOST_IN_MATRIX = 40  # classes of which a matrix can still be read
 MOST_BARS = 40
-_GALLERY_COLUMNS = 6
+_GALLERY_COLUMNS = 4
 _LARGEST_EXACT = 64  # pixels of a picture whose pixels are to be seen
 _LETTER, _BOLD = 0.6, 0.7  # width of a letter in a line, of its height
 
@@ -124,14 +124,13 @@ def draw_bars(axes: Axes, theme: Theme, names: Sequence[str], shares: Sequence[f
   places = np.arange(len(names))
   axes.barh(places, shares, color=theme.lines[0], height=0.7)
   for place, share in zip(places, shares, strict=True):
-    axes.text(
-      min(share + 0.01, 1.01), place, f'{share:.0%}', va='center', color=theme.text, fontsize=8
-    )
+    beside = dict(xytext=(3, 0), textcoords='offset points', va='center')
+    axes.annotate(f'{share:.0%}', (share, place), color=theme.text, fontsize=8, **beside)
   axes.set_yticks(places)
   _name_ticks(axes.set_yticklabels(_shortened(names)))
   axes.set_xlim(0, 1.1)
-  axes.set_xticks(np.linspace(0, 1, 6))
-  axes.xaxis.set_major_formatter(PercentFormatter(1))
+  axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+  axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.set_ylim(len(names) - 0.4, -0.6)
   axes.tick_params(axis='y', length=0)
 
@@ -187,7 +186,8 @@ def gallery(
   captions = [_broken(caption, side, _LETTER * _CAPTION) for caption in captions]
   lines = max((caption.count('\n') + 1 for caption in captions), default=0)
   height = side + (1.4 * lines + 1) * _CAPTION / 72
-  figure = Figure(figsize=(side * columns, height * rows), layout='constrained')
+  # 'compressed' is 'constrained' for axes that keep their shape.
+  figure = Figure(figsize=(side * columns, height * rows), layout='compressed')
   FigureCanvasAgg(figure)
   for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
     axes.set_xticks([])
@@ -205,8 +205,10 @@ def gallery(
 
 
 def entitle(figure: Figure, theme: Theme, title: str) -> None:
-  """Writes a title over a figure, in as many lines as its width asks for."""
+  """Writes a title over a figure, which grows, in as many lines as its width asks for."""
   text = _broken(title, figure.get_figwidth(), _BOLD * _TITLE)
+  height = 1.4 * (text.count('\n') + 1) * _TITLE / 72
+  figure.set_figheight(figure.get_figheight() + height)
   written = figure.suptitle(text, x=0.01, ha='left', fontsize=_TITLE, color=theme.text)
   written.set(weight='bold', parse_math=False)
 

@@ -105,7 +105,7 @@ class Attention(NamedTuple):
     stage: its name.
     size: of the maps, in words.
     of: whose attention it is.
-    maps: float32 [b h w], shares of it.
+    maps: float32 [b h w], as multiples of the uniform share: 1 is what each of the keys would get.
   """
 
   stage: str
@@ -138,28 +138,31 @@ def attended(weights: Weights, pixels: np.ndarray) -> list[Attention]:
   stages = stage_geometry(weights.model, *pixels.shape[1:3])
   of = ['class token' if s.options.cls_token else 'mean of all queries' for s in stages]
   names = [f'stage {s}' for s in range(1, len(stages) + 1)]
+  keys = [stage.keys for stage in stages]  # with the class token's own, which no map has
   if len(maps) > len(stages):
     of.append('weight of each token')
     names.append('pooling')
+    keys.append(maps[-1][0].size)
   sizes = [f'{m.shape[1]}×{m.shape[2]} keys' for m in maps]
-  return [Attention(*each) for each in zip(names, sizes, of, maps, strict=True)]
+  scaled = [m * n for m, n in zip(maps, keys, strict=True)]
+  return [Attention(*each) for each in zip(names, sizes, of, scaled, strict=True)]
 
 
 def largest(heat: np.ndarray) -> str:
-  """Returns the largest of an attention map [h w], as a multiple of the uniform share."""
-  return f'largest {heat.max() * heat.size:.1f}×'
+  """Returns the largest of a map of `attended`, [h w], in words."""
+  return f'largest {heat.max():.1f}×'
 
 
 def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> list[np.ndarray]:
   """Returns an image, then itself, grey, with each attention map over it: uint8 [side side 3].
 
   A map as a share of its peak would paint uniform attention all over as brightest. So colour begins
-  above the uniform share 1 / (h w), and ends at the peak, or at twice that share where the peak is
-  lower: next to uniform attention looks next to even, and a peak is bright however high it is.
+  above the uniform share, and ends at the peak, or at twice that share where the peak is lower:
+  next to uniform attention looks next to even, and a peak is bright however high it is.
 
   Args:
     pixels: uint8 [size size 3].
-    maps: float [h w], shares of the attention.
+    maps: float [h w], as multiples of the uniform share.
     side: of the squares, in pixels.
   """
   image = Image.fromarray(pixels)
@@ -170,7 +173,7 @@ def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> 
   found = [np.asarray(image)]
   grey = np.asarray(image.convert('L').convert('RGB'), np.float32)
   for heat in maps:
-    above = np.maximum(heat * heat.size - 1, 0)  # 0 is uniform, 1 is twice that
+    above = np.maximum(heat - 1, 0)
     heat = Image.fromarray(np.asarray(above / max(above.max(), 1), np.float32))
     heat = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR))
     colors = 255 * matplotlib.colormaps['inferno'](heat)[..., :3]

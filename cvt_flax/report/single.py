@@ -202,7 +202,7 @@ def _classes(run, p: Predictions, plots):
     title = f'Accuracy by class, the {half} lowest and the {half} highest of {len(order)}'
   drawn = [plots('classes', title, figures.bars, [names[there[i]] for i in shown], accuracy[shown])]
   if len(names) <= figures.MOST_IN_MATRIX:
-    heading = 'Confusion, in percent of the true class'
+    heading = 'Confusion, % of the true class'
     drawn.append(plots('confusion', heading, figures.confusion, names, matrix))
   confused = [
     [names[i], names[j], number(n), number(n / int(counts[i]), '.1%')]

@@ -60,6 +60,7 @@ def test_a_model_is_drawn_from_its_attributes():
   assert '197 queries, 50 keys\n10 blocks, 6 heads' in found
   with pytest.raises(UserError, match='not a CompactViT'):
     notebook.draw_model(create_model('mcvit'), 32)
+  assert '8×8×96' in words(notebook.draw_model('cvt-nano-cifar10'))
 
 
 def test_a_drawing_says_what_the_whole_network_computes():

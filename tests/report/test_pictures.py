@@ -1,10 +1,14 @@
 """Attention over images: what its colours say."""
 
+import dataclasses
+
+import jax
 import matplotlib
 import numpy as np
 import pytest
 
 from cvt_flax.report import pictures
+from cvt_flax.weights import pretrained
 
 KEYS = 4
 GREY = np.full((32, 32, 3), 128, np.uint8)
@@ -15,14 +19,13 @@ def over(heat, pixels=GREY):
 
 
 def uniform():
-  return np.full((KEYS, KEYS), 1 / KEYS**2, np.float32)
+  return np.ones((KEYS, KEYS), np.float32)
 
 
 def peaked(times):
   """One key with so many times the uniform share, the others with the rest alike."""
-  share = times / KEYS**2
-  heat = np.full((KEYS, KEYS), (1 - share) / (KEYS**2 - 1), np.float32)
-  heat[1, 2] = share
+  heat = np.full((KEYS, KEYS), (KEYS**2 - times) / (KEYS**2 - 1), np.float32)
+  heat[1, 2] = times
   return heat
 
 
@@ -49,6 +52,22 @@ def test_a_peak_is_brightest_where_it_is(times):
 def test_next_to_uniform_attention_looks_next_to_even():
   assert np.abs(over(peaked(1.02)) - over(uniform())).max() < 10
   assert np.abs(over(peaked(1.5)) - over(uniform())).max() > 50
+
+
+def test_uniform_is_one_with_the_class_tokens_own_key_too():
+  weights = pretrained.load('cvt-nano-cifar10')
+  zeros = jax.tree.map(np.zeros_like, weights.variables)  # all scores are alike
+  found = pictures.attended(
+    dataclasses.replace(weights, variables=zeros), np.zeros((1, 32, 32, 3), np.uint8)
+  )
+  assert [(a.stage, a.size) for a in found][1:] == [
+    ('stage 2', '4×4 keys'),
+    ('stage 3', '4×4 keys'),
+  ]
+  assert [a.of for a in found][1:] == ['mean of all queries', 'class token']
+  for attention in found:
+    assert not attention.single
+    np.testing.assert_allclose(attention.maps, np.ones_like(attention.maps), rtol=1e-5)
 
 
 def test_no_attention_is_no_division_by_zero():
