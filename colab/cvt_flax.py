@@ -180,9 +180,12 @@ model, variables = load_pretrained(WEIGHTS)  # a linen module, {'params', 'batch
 notebook.draw_predictions(predict_images(WEIGHTS, PICTURES))
 
 # %% [markdown]
-# Where does it look? The attention of the last block of each stage, over the picture: bright is much. In
-# the first two stages it is the mean over all queries, in the last the class token's, which is what the
-# answer is made of.
+# Where does it look? The attention of the last block of each stage, over the picture. In the first two
+# stages it is the mean over all queries, in the last the class token's, which is what the answer is made of.
+#
+# Colour says how far it is above the *uniform share*, which gives every key the same: dark where it is at
+# or below it, brightest at the largest of the map, or at twice the uniform share where none gets there.
+# The largest, as a multiple of the uniform share, is written below: at 1.0× a stage looks everywhere alike.
 
 # %%
 notebook.draw_attention(WEIGHTS, PICTURES)
@@ -208,20 +211,20 @@ cifar.log_every = 5 if SMOKE else 50
 cifar.closing_note = ''
 cifar.model.dtype = notebook.compute_dtype()
 RUN = WORK / NAME
-notebook.draw_model(load_pretrained('cvt-nano-cifar10')[0], 32) if CPU else notebook.draw_model(
-  create_model('cvt-small', num_classes=10), 32
-)
 
 # %% [markdown]
 # Images lie in the memory of the device and are augmented there, inside the one compiled step. The first
-# start downloads CIFAR-10, 170 MB. A tenth of the training images is held out for validation; the test
-# images are looked at once, at the end.
+# start downloads CIFAR-10, 170 MB. A tenth of the training images is held out for validation, by which
+# the best checkpoint is chosen. The test images choose nothing: a run looks at them when it has ended.
 
 # %%
 results = train(cifar, RUN, watch=notebook.LiveCurves())
 
 # %%
-train(cifar, RUN, mode='eval')  # the best checkpoint, again
+results = train(cifar, RUN, mode='eval')  # the best checkpoint once more, on the same images
+
+# %%
+notebook.draw_model(RUN)  # the network that was trained
 
 # %% [markdown]
 # A run ends with a report, `report/index.html` in its folder. Here are its figures of the test images:
@@ -268,7 +271,7 @@ own.optimizer.reference_batch, own.batch_size = 64, 16  # the rate is for 64, an
 own.eval.test_holdout = 0.3
 own.log_every = 2
 OWN = WORK / 'own_images'  # one folder for one data set
-train(own, OWN, watch=notebook.LiveCurves())
+results = train(own, OWN, watch=notebook.LiveCurves())
 
 # %%
 notebook.show_report(OWN, 'confusion', 'mistakes')

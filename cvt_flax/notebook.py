@@ -49,6 +49,8 @@ __all__ = [
 
 _DPI = 110
 _TEXT = 9  # points
+_WIDEST, _GAP = 1200, 40  # pixels of figures side by side, and between two
+_SMALLEST_CELL = 0.05  # inches of a cell of a grid that can be seen
 # Compute capability; CUDA C++ Programming Guide, throughput of native arithmetic instructions.
 _BFLOAT16_FROM = 8
 
@@ -87,29 +89,39 @@ def compute_dtype() -> str:
       return 'float32'
 
 
-def draw_model(model: CvT, image_size: int) -> Figure:
+def draw_model(model: CvT | str | pathlib.Path, image_size: int | None = None) -> Figure:
   """Returns a drawing of a CvT's stages for images of image_size x image_size pixels.
 
   Each map is a block as wide and high as its pixels, as deep as its channels (square roots of
-  both). The grid is the map's where it can be seen; what is written comes from the attributes.
+  both), with its grid where the cells are large enough to be seen. What is written comes from the
+  attributes.
+
+  Args:
+    model: it, or weights of it, as `load_pretrained` takes them, of which the size is known.
+    image_size: in pixels.
 
   Raises:
-    UserError: it is no CvT.
+    UserError: it is no CvT, or there are no such weights.
   """
+  if isinstance(model, str | pathlib.Path):
+    weights = pretrained.load(model)
+    model, image_size = weights.model, weights.description.preprocessing.image_size
   if not isinstance(model, CvT):
     raise UserError(f'draw_model draws the stages of a CvT, not a {type(model).__name__}')
   stages = stage_geometry(model, image_size, image_size)
-  figure = _figure(2.3 * len(stages) + 2.3, 2.8)
+  figure = _figure(2.3 * len(stages) + 2.3, 3.1)
   axes = figure.add_axes((0, 0, 1, 1))
   axes.set_axis_off()
   sides = [np.sqrt(size) for size in (image_size, *(s.width for s in stages))]
   depths = [np.sqrt(n) for n in (model.in_channels, *(s.options.embed_dim for s in stages))]
-  unit = 1.15 / max(sides)  # of the largest map's side, in inches
+  unit = 1.4 / max(sides)  # of the largest map's side, in inches
   deep = 0.45 / max(depths)
   title = f'{image_size}×{image_size}×{model.in_channels}'
   _draw_block(axes, 0, sides[0] * unit, depths[0] * deep, image_size, LIGHT.faint)
   count = multiply_adds(model, image_size, image_size)
-  _write(axes, 0, 'image', title, [f'{count / 1e6:,.0f} million', 'multiply-adds'])
+  _write(axes, 0, 'image', title, [])
+  total = f'the whole network: {count / 1e6:,.0f} million multiply-adds for an image'
+  axes.text(-0.9, 1.05, total, ha='left', va='top', fontsize=_TEXT, color=LIGHT.text)
   for i, stage in enumerate(stages, start=1):
     x = 2.3 * i
     color = LIGHT.lines[(i - 1) % len(LIGHT.lines)]
@@ -127,7 +139,7 @@ def draw_model(model: CvT, image_size: int) -> Figure:
     size = f'{stage.height}×{stage.width}×{o.embed_dim}'
     _write(axes, x, f'stage {i}', size, _stage_lines(stage))
   axes.set_xlim(-0.95, 2.3 * len(stages) + 1.35)
-  axes.set_ylim(-1.95, 0.85)
+  axes.set_ylim(-1.95, 1.15)
   axes.set_aspect('equal')
   return figure
 
@@ -156,12 +168,12 @@ def _draw_block(axes, x, side, depth, cells, color):
   flank = np.array([front[1], front[1] + shift, front[2] + shift, front[2]])
   for corners, alpha in ((front, 0.35), (top, 0.2), (flank, 0.55)):
     axes.add_patch(Polygon(corners, facecolor=color, alpha=alpha, linewidth=0))
-    axes.add_patch(Polygon(corners, fill=False, edgecolor=LIGHT.text, linewidth=0.7))
-  if 1 < cells <= 64:
+    axes.add_patch(Polygon(corners, fill=False, edgecolor=LIGHT.text, linewidth=0.7, zorder=2))
+  if cells > 1 and side / cells >= _SMALLEST_CELL:
     lines = np.linspace(0, side, cells + 1)[1:-1]
-    width = min(0.5, 7 / cells**1.2)
-    axes.vlines(left + lines, low, high, color='white', linewidth=width)
-    axes.hlines(low + lines, left, right, color='white', linewidth=width)
+    inside = dict(color='white', linewidth=0.7, zorder=1)  # below the edges
+    axes.vlines(left + lines, low, high, **inside)
+    axes.hlines(low + lines, left, right, **inside)
 
 
 def draw_attention(
@@ -170,8 +182,9 @@ def draw_attention(
   """Returns pictures, and over each where the last block of every stage looks.
 
   It is the mean over the heads of `cvt_flax.attention_maps`: of the class token where the stage has
-  one, otherwise the mean over all queries. Brightest is where a stage looks most. A stage that has
-  a single key is left out: that gets all attention there is.
+  one, otherwise the mean over all queries. Colour is how far it is above the uniform share 1 / keys
+  (`report.pictures.tiles`); the largest, as a multiple of that, stands below. A stage that has a
+  single key is left out: that gets all attention there is.
 
   Args:
     weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
@@ -187,30 +200,19 @@ def draw_attention(
     weights = pretrained.load(weights)
   steps = weights.description.preprocessing
   pixels = np.stack([_read(path, steps) for path in paths])
-  maps = pictures.attended(weights, pixels)
-  titles = [f'as the network\ngets it, {steps.image_size}×{steps.image_size}']
-  shown = []
-  for i, (stage, found) in enumerate(zip(_looks(weights, pixels), maps, strict=True), start=1):
-    height, width = found.shape[1:]
-    if height * width > 1:
-      shown.append(found)
-      titles.append(f'stage {i}: {height}×{width} keys\n{stage}')
-  figure = _figure(2.0 * len(titles), 2.0 * len(paths) + 0.45, layout='constrained')
-  grid = figure.subplots(len(paths), len(titles), squeeze=False)
-  for row, image, of_image in zip(grid, pixels, zip(*shown, strict=True), strict=True):
-    for axes, tile in zip(row, pictures.tiles(image, of_image, side=224), strict=True):
-      axes.imshow(tile)
-      axes.set_axis_off()
-  for axes, title in zip(grid[0], titles, strict=True):
-    axes.set_title(title, fontsize=_TEXT, color=LIGHT.text)
+  found = [a for a in pictures.attended(weights, pixels) if not a.single]
+  shown, captions = [], []
+  for i, image in enumerate(pixels):
+    maps = [attention.maps[i] for attention in found]
+    shown += pictures.tiles(image, maps, side=224)
+    captions.append(f'as the network\ngets it, {steps.image_size}×{steps.image_size}')
+    captions += [
+      f'{a.stage}: {a.size}\n{a.of}\n{pictures.largest(m)}'
+      for a, m in zip(found, maps, strict=True)
+    ]
+  figure = figures.gallery(LIGHT, shown, captions, columns=1 + len(found), side=2.0)
+  figure.set(dpi=_DPI, facecolor='white')
   return figure
-
-
-def _looks(weights, pixels):
-  """Returns whose attention each map of `attention_maps` is."""
-  stages = stage_geometry(weights.model, *pixels.shape[1:3])
-  found = ['class token' if s.options.cls_token else 'mean of all queries' for s in stages]
-  return [*found, 'sequence pooling'] if weights.model.pool == 'seq' else found
 
 
 def _read(path, steps):
@@ -230,15 +232,19 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
   predictions = list(predictions)
   if not predictions:
     raise UserError('no prediction is given')
-  figure = _figure(7, 1.75 * len(predictions), layout='constrained')
-  grid = figure.subplots(len(predictions), 2, squeeze=False, width_ratios=(1, 2))
+  figure = _figure(7, 1.75 * len(predictions) + 0.4, layout='constrained')
+  grid = figure.subplots(len(predictions), 2, squeeze=False, width_ratios=(1, 1.6))
+  # One scale, to compare them; what is less than a tenth is to look small.
+  end = 1.15 * max(0.1, *(max(found.probabilities) for found in predictions))
   for (left, right), found in zip(grid, predictions, strict=True):
     data = pathlib.Path(found.image).read_bytes()
     left.imshow(np.asarray(images.decode(data, found.image)))
     left.set_axis_off()
     figures.draw_bars(right, LIGHT, found.names, found.probabilities)
-    right.set_xticks([])
-    right.spines[['left', 'right', 'top', 'bottom']].set_visible(False)
+    figures.clear_axes(right, LIGHT)
+    right.set_xlim(0, end)
+    right.tick_params(labelbottom=right is grid[-1, 1])
+  grid[-1, 1].set_xlabel('probability', fontsize=_TEXT, color=LIGHT.text)
   return figure
 
 
@@ -288,7 +294,7 @@ class LiveCurves:
 
 
 def show_report(folder: str | pathlib.Path, *names: str) -> Image.Image:
-  """Returns figures of a run's report side by side, on white.
+  """Returns figures of a run's report on white: side by side, or in a column if that is too wide.
 
   Args:
     folder: of a finished run.
@@ -308,13 +314,15 @@ def show_report(folder: str | pathlib.Path, *names: str) -> Image.Image:
       close = nearest(name, known)
       raise UserError(f'{report}/{name}.png: one of {", ".join(known)} is needed{close}')
   found = [Image.open(report / f'{name}.png').convert('RGBA') for name in names]
-  height = max(image.height for image in found)
-  gap = height // 20
-  width = sum(image.width for image in found) + gap * (len(found) - 1)
-  whole, left = Image.new('RGB', (width, height), 'white'), 0
+  sizes = np.array([image.size for image in found])
+  along = sizes.sum(0) + _GAP * (len(found) - 1)  # of a row, of a column
+  axis = 0 if along[0] <= _WIDEST else 1
+  size = sizes.max(0)
+  size[axis] = along[axis]
+  whole, corner = Image.new('RGB', tuple(size.tolist()), 'white'), [0, 0]
   for image in found:
-    whole.paste(image, (left, (height - image.height) // 2), image)
-    left += image.width + gap
+    whole.paste(image, tuple(corner), image)
+    corner[axis] += image.size[axis] + _GAP
   return whole
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
 
@@ -15,14 +16,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _WIDTH, _HEIGHT = 4.6, 2.9  # inches; small, so that letters stay readable on a telephone
 _DPI = 170
-_TEXT = 9  # points
+_TITLE, _TEXT, _CAPTION = 10, 9, 8  # points
 _MOST_MARKED = 30  # points of a line of which each is seen
 _LONGEST_NAME = 20  # letters
 _MOST_ANNOTATED = 12  # classes of a confusion matrix that has its numbers in it
 MOST_IN_MATRIX = 40  # classes of which a matrix can still be read
 MOST_BARS = 40
-_GALLERY_COLUMNS = 6
+_GALLERY_COLUMNS = 4
 _LARGEST_EXACT = 64  # pixels of a picture whose pixels are to be seen
+_LETTER, _BOLD = 0.6, 0.7  # width of a letter in a line, of its height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = 
     axes.yaxis.get_offset_text().set(color=theme.text, fontsize=_TEXT)
   axes.set_xlim(left=0)
   axes.set_xlabel('epoch', color=theme.text, fontsize=_TEXT)
-  axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for d in drawn for x in d.x) > 6))
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for d in drawn for x in d.x) >= 2))
   axes.grid(True, color=theme.faint, linewidth=0.6)
   if any(line.label for line in drawn):
     legend = axes.legend(frameon=False, fontsize=_TEXT, labelcolor=theme.text)
@@ -122,20 +124,22 @@ def draw_bars(axes: Axes, theme: Theme, names: Sequence[str], shares: Sequence[f
   places = np.arange(len(names))
   axes.barh(places, shares, color=theme.lines[0], height=0.7)
   for place, share in zip(places, shares, strict=True):
-    axes.text(
-      min(share + 0.01, 1.01), place, f'{share:.0%}', va='center', color=theme.text, fontsize=8
-    )
+    beside = dict(xytext=(3, 0), textcoords='offset points', va='center')
+    axes.annotate(f'{share:.0%}', (share, place), color=theme.text, fontsize=8, **beside)
   axes.set_yticks(places)
   _name_ticks(axes.set_yticklabels(_shortened(names)))
   axes.set_xlim(0, 1.1)
-  axes.set_xticks(np.linspace(0, 1, 6))
-  axes.xaxis.set_major_formatter(PercentFormatter(1))
+  axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+  axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.set_ylim(len(names) - 0.4, -0.6)
   axes.tick_params(axis='y', length=0)
 
 
 def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
-  """Returns a confusion matrix: of each right class (rows), the shares by prediction."""
+  """Returns a confusion matrix: of each true class (rows), the percentages by prediction.
+
+  With many classes these are colours alone. A class without images has neither.
+  """
   k = len(names)
   size = np.clip(1.2 + 0.42 * k, 3.4, 6.2)
   figure, axes = _figure(theme, size, size)
@@ -147,24 +151,43 @@ def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
   _name_ticks(axes.set_yticklabels(_shortened(names)))
   axes.tick_params(length=0, labelsize=_TEXT if k <= _MOST_ANNOTATED else 6.5)
   axes.set_xlabel('predicted', color=theme.text, fontsize=_TEXT)
-  axes.set_ylabel('right', color=theme.text, fontsize=_TEXT)
+  axes.set_ylabel('true', color=theme.text, fontsize=_TEXT)
   if k > _MOST_ANNOTATED:
     bar = figure.colorbar(image, ax=axes, fraction=0.04, format=PercentFormatter(1))
     bar.ax.tick_params(colors=theme.text, labelsize=8)
     bar.outline.set_visible(False)
     return figure
   for (i, j), share in np.ndenumerate(shares):
-    if matrix[i, j]:
+    if matrix[i].any():
       color = '#1b1b1b' if share > 0.55 else '#f4f4f4'
-      axes.text(j, i, f'{100 * share:.0f}', ha='center', va='center', color=color, fontsize=8)
+      written = axes.text(j, i, f'{100 * share:.0f}', ha='center', va='center', fontsize=8)
+      written.set(color=color, alpha=1 if matrix[i, j] else 0.5)
   return figure
 
 
-def gallery(theme: Theme, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
-  """Returns pictures, uint8 [h w 3], in rows, each above its caption; 'none' without any."""
-  columns = max(1, min(len(pictures), _GALLERY_COLUMNS))
+def gallery(
+  theme: Theme,
+  pictures: Sequence[np.ndarray],
+  captions: Sequence[str],
+  columns: int = _GALLERY_COLUMNS,
+  side: float = 1.6,
+) -> Figure:
+  """Returns pictures, uint8 [h w 3], in rows, each above its caption; 'none' without any.
+
+  Args:
+    theme: its colours.
+    pictures: all of one size.
+    captions: lines that are too long for a picture are broken.
+    columns: at most.
+    side: of a picture, in inches.
+  """
+  columns = max(1, min(len(pictures), columns))
   rows = max(1, -(-len(pictures) // columns))
-  figure = Figure(figsize=(1.6 * columns, 2.05 * rows), layout='constrained')
+  captions = [_broken(caption, side, _LETTER * _CAPTION) for caption in captions]
+  lines = max((caption.count('\n') + 1 for caption in captions), default=0)
+  height = side + (1.4 * lines + 1) * _CAPTION / 72
+  # 'compressed' is 'constrained' for axes that keep their shape.
+  figure = Figure(figsize=(side * columns, height * rows), layout='compressed')
   FigureCanvasAgg(figure)
   for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
     axes.set_xticks([])
@@ -174,11 +197,20 @@ def gallery(theme: Theme, pictures: Sequence[np.ndarray], captions: Sequence[str
     if i < len(pictures):
       exact = pictures[i].shape[1] <= _LARGEST_EXACT
       axes.imshow(pictures[i], interpolation='nearest' if exact else 'antialiased')
-      caption = axes.set_xlabel(captions[i], fontsize=_TEXT, color=theme.text)
+      caption = axes.set_xlabel(captions[i], fontsize=_CAPTION, color=theme.text)
       caption.set_parse_math(False)
   if not pictures:
     figure.text(0.5, 0.5, 'none', ha='center', color=theme.text)
   return figure
+
+
+def entitle(figure: Figure, theme: Theme, title: str) -> None:
+  """Writes a title over a figure, which grows, in as many lines as its width asks for."""
+  text = _broken(title, figure.get_figwidth(), _BOLD * _TITLE)
+  height = 1.4 * (text.count('\n') + 1) * _TITLE / 72
+  figure.set_figheight(figure.get_figheight() + height)
+  written = figure.suptitle(text, x=0.01, ha='left', fontsize=_TITLE, color=theme.text)
+  written.set(weight='bold', parse_math=False)
 
 
 def png(figure: Figure) -> bytes:
@@ -206,6 +238,11 @@ def clear_axes(axes: Axes, theme: Theme) -> None:
     spine.set_color(theme.faint)
   axes.tick_params(colors=theme.text, labelsize=_TEXT, color=theme.faint)
   axes.set_axisbelow(True)
+
+
+def _broken(text, width, letter):
+  letters = int(width * 72 / letter)
+  return '\n'.join(textwrap.fill(line, letters) for line in text.splitlines())
 
 
 def _shortened(names):

@@ -35,7 +35,7 @@ figure { margin: 0; min-width: 0; }
 img { display: block; max-width: 100%; height: auto; }
 .thumbs img { width: 100%; border-radius: .3rem; }
 .exact { image-rendering: pixelated; }
-figcaption { line-height: 1.35; margin-top: .25rem; }
+figcaption { line-height: 1.35; margin-top: .25rem; white-space: pre-line; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);
@@ -110,9 +110,9 @@ def _cell(value, tag, like):
 
 
 def plot(title: str, light: bytes, dark: bytes) -> str:
-  """Returns a figure of which the browser shows the one that its theme needs."""
+  """Returns a figure, its title in it, of which the browser shows the one that its theme needs."""
   return (
-    f'<figure><h3>{text(title)}</h3><picture>'
+    '<figure><picture>'
     f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark, "image/png")}">'
     f'<img src="{_data(light, "image/png")}" alt="{text(title)}"></picture></figure>'
   )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,22 @@ from cvt_flax.data import images, sources
 from cvt_flax.data.dataset import Dataset, Example, Split
 from cvt_flax.errors import UserError
 from cvt_flax.models.attention_maps import attention_maps
+from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.records import Run
 from cvt_flax.weights.pretrained import Weights
 
 _SIDE = 160  # pixels of a picture with attention over it
-_GAP = 4  # between two of them
 _HEAT = 0.6  # share of the heat in the mixture
 _LARGEST_EXACT = 64  # pixels of an image that is kept as PNG, which is exact
 _QUALITY = 88  # of JPEG
+# What `tiles` and `largest` show, for who looks at them.
+LEGEND = (
+  'Colour says how far attention is above the uniform share, which is the same for every key: dark '
+  'where it is at or below it, brightest at the largest of the map, or at twice the uniform share '
+  'where none gets there. Under each map is its largest, as a multiple of the uniform share.'
+)
 
 
 class Source:
@@ -91,8 +98,29 @@ def _split(dataset: Dataset, named: str | None) -> tuple[Split, np.ndarray | Non
   return dataset.validation, dataset.held_out if dataset.held_out.size else None
 
 
-def attended(weights: Weights, pixels: np.ndarray) -> list[np.ndarray]:
-  """Returns attention maps, the mean over their heads: float32 [b h w] for every stage.
+class Attention(NamedTuple):
+  """Where the last block of a stage looks, the mean over its heads.
+
+  Attributes:
+    stage: its name.
+    size: of the maps, in words.
+    of: whose attention it is.
+    maps: float32 [b h w], as multiples of the uniform share: 1 is what each of the keys would get.
+  """
+
+  stage: str
+  size: str
+  of: str
+  maps: np.ndarray
+
+  @property
+  def single(self) -> bool:
+    """Whether there is a single key. It gets all attention there is: nothing to see."""
+    return self.maps[0].size == 1
+
+
+def attended(weights: Weights, pixels: np.ndarray) -> list[Attention]:
+  """Returns the attention of every stage, and that of sequence pooling where there is some.
 
   Args:
     weights: of the network.
@@ -106,15 +134,35 @@ def attended(weights: Weights, pixels: np.ndarray) -> list[np.ndarray]:
     batch = normalize_pixels(pixels, steps.mean, steps.std)
     return [jnp.mean(m, axis=1) for m in attention_maps(weights.model, variables, batch)]
 
-  return jax.device_get(jax.jit(compute, compiler_options=quick)(weights.variables, pixels))
+  maps = jax.device_get(jax.jit(compute, compiler_options=quick)(weights.variables, pixels))
+  stages = stage_geometry(weights.model, *pixels.shape[1:3])
+  of = ['class token' if s.options.cls_token else 'mean of all queries' for s in stages]
+  names = [f'stage {s}' for s in range(1, len(stages) + 1)]
+  keys = [stage.keys for stage in stages]  # with the class token's own, which no map has
+  if len(maps) > len(stages):
+    of.append('weight of each token')
+    names.append('pooling')
+    keys.append(maps[-1][0].size)
+  sizes = [f'{m.shape[1]}×{m.shape[2]} keys' for m in maps]
+  scaled = [m * n for m, n in zip(maps, keys, strict=True)]
+  return [Attention(*each) for each in zip(names, sizes, of, scaled, strict=True)]
+
+
+def largest(heat: np.ndarray) -> str:
+  """Returns the largest of a map of `attended`, [h w], in words."""
+  return f'largest {heat.max():.1f}×'
 
 
 def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> list[np.ndarray]:
-  """Returns an image, then itself with each map over it, its peak brightest: uint8 [side side 3].
+  """Returns an image, then itself, grey, with each attention map over it: uint8 [side side 3].
+
+  A map as a share of its peak would paint uniform attention all over as brightest. So colour begins
+  above the uniform share, and ends at the peak, or at twice that share where the peak is lower:
+  next to uniform attention looks next to even, and a peak is bright however high it is.
 
   Args:
     pixels: uint8 [size size 3].
-    maps: float [h w].
+    maps: float [h w], as multiples of the uniform share.
     side: of the squares, in pixels.
   """
   image = Image.fromarray(pixels)
@@ -125,21 +173,12 @@ def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> 
   found = [np.asarray(image)]
   grey = np.asarray(image.convert('L').convert('RGB'), np.float32)
   for heat in maps:
-    heat = Image.fromarray(np.asarray(heat / heat.max(), np.float32))
+    above = np.maximum(heat - 1, 0)
+    heat = Image.fromarray(np.asarray(above / max(above.max(), 1), np.float32))
     heat = np.asarray(heat.resize((side, side), Image.Resampling.BILINEAR))
     colors = 255 * matplotlib.colormaps['inferno'](heat)[..., :3]
     found.append(np.round((1 - _HEAT) * grey + _HEAT * colors).astype(np.uint8))
   return found
-
-
-def row(pixels: np.ndarray, maps: Sequence[np.ndarray]) -> bytes:
-  """Returns the `tiles` of an image side by side, as PNG."""
-  drawn = tiles(pixels, maps)
-  whole = np.zeros((_SIDE, len(drawn) * (_SIDE + _GAP) - _GAP, 4), np.uint8)
-  for i, tile in enumerate(drawn):
-    part = whole[:, i * (_SIDE + _GAP) :][:, :_SIDE]
-    part[..., :3], part[..., 3] = tile, 255
-  return _encoded(Image.fromarray(whole), 'PNG')
 
 
 def thumbnail(pixels: np.ndarray) -> tuple[bytes, str]:

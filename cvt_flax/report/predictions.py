@@ -29,10 +29,10 @@ class Predictions:
     split: 'test', or 'val' where the source has no test split.
     step: of the checkpoint.
     index: int32 [n], `dataset.Example.index`: the place of each image in the split of its source.
-    label: int32 [n], the right class.
+    label: int32 [n], the true class.
     prediction: int32 [n], the most probable class.
     probability: float32 [n], of the prediction.
-    label_probability: float32 [n], of the right class.
+    label_probability: float32 [n], of the true class.
   """
 
   split: str

@@ -9,6 +9,8 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from cvt_flax.errors import UserError
 from cvt_flax.report import predictions
 from cvt_flax.report.predictions import Predictions
@@ -56,9 +58,18 @@ class Run:
     return self.config['seed']
 
   def curve(self, metric: str) -> tuple[list[float], list[float]]:
-    """Returns the epochs and the values of a metric, where it was finite."""
-    points = [(x['epoch'], x[metric]) for x in self.lines if x.get(metric) is not None]
-    return [epoch for epoch, _ in points], [value for _, value in points]
+    """Returns the epochs and the values of a metric, where it was finite.
+
+    A line of training is over the steps since the one before. Where these are less than half of
+    those of the one before, as when a run ends between two lines, it is left out: the mean of a
+    step or two is mostly chance, and looks like a turn of the curve.
+    """
+    points = [x for x in self.lines if x.get(metric) is not None]
+    if metric.startswith('train/'):
+      steps = np.diff([x['step'] for x in points], prepend=0)
+      kept = np.flatnonzero(2 * steps >= np.append(0, steps)[: len(steps)])
+      points = [points[i] for i in kept]
+    return [x['epoch'] for x in points], [x[metric] for x in points]
 
   @functools.cached_property
   def final(self) -> dict:

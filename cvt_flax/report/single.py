@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from cvt_flax.errors import UserError
-from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.report import figures, markup, pictures, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
@@ -26,6 +25,7 @@ _TWO_CLASSES = {
   'majority': 'accuracy of always taking the larger class',
 }
 _MISTAKES, _ATTENDED, _CONFUSED = 12, 6, 10
+_TILE = 1.15  # inches: four, of an image and three stages, are as wide as other figures
 # What the numbers of a run are called; those that are shares of images.
 _SHARES = {'top1': 'top-1', 'top5': 'top-5'}
 
@@ -38,14 +38,17 @@ class Plots:
 
   def __call__(self, name: str, title: str, draw, *args, **kwargs) -> str:
     """Returns the figure draw(theme, *args, **kwargs) in both themes, as HTML."""
-    return markup.plot(title, *self.write(name, draw, *args, **kwargs))
+    return markup.plot(title, *self.write(name, title, draw, *args, **kwargs))
 
-  def write(self, name: str, draw, *args, **kwargs) -> list[bytes]:
+  def write(self, name: str, title: str, draw, *args, **kwargs) -> list[bytes]:
     """Writes the figure beside the page alone; returns it as PNG for both themes."""
-    drawn = [figures.png(draw(theme, *args, **kwargs)) for theme in figures.THEMES]
-    for data, ending in zip(drawn, ('', '-dark'), strict=True):
-      (self.folder / f'{name}{ending}.png').write_bytes(data)
-    return drawn
+    written = []
+    for theme, ending in zip(figures.THEMES, ('', '-dark'), strict=True):
+      figure = draw(theme, *args, **kwargs)
+      figures.entitle(figure, theme, title)
+      written.append(figures.png(figure))
+      (self.folder / f'{name}{ending}.png').write_bytes(written[-1])
+    return written
 
 
 def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
@@ -79,10 +82,9 @@ def _head(run):
       low, high = statistics.interval(round(final[f'{split}/top1'] * n), n)
       more = f'{n:,} images; 95 % interval {low:.1%} to {high:.1%}'
       values.append((f'{final[f"{split}/top1"]:.1%}', f'{words} top-1', more))
-  epochs, _ = run.curve('train/loss')
-  if epochs:
+  if run.lines:
     best = f'best checkpoint: {final["epoch"]:g}' if 'epoch' in final else 'not finished'
-    values.append((f'{epochs[-1]:g}', 'epochs', best))
+    values.append((f'{run.lines[-1]["epoch"]:g}', 'epochs', best))
   parameters = sum(size for _, _, size in run.parameters())
   if parameters:
     values.append((f'{parameters / 1e6:.3g} M', 'parameters', str(c['model.name'])))
@@ -113,8 +115,8 @@ def curves(run: Run, metric: str) -> list[Line]:
       drawn.append(Line(_SPLITS.get(split, split), x, y, color, style))
   test = run.final.get(f'test/{metric}')
   if test is not None:
-    x, _ = run.curve('train/loss')
-    drawn.append(Line('test', [run.final.get('epoch', x[-1])], [test], 2, 'star'))
+    epoch = run.final.get('epoch', run.lines[-1]['epoch'])
+    drawn.append(Line('test', [epoch], [test], 2, 'star'))
   return drawn
 
 
@@ -135,8 +137,9 @@ def _curves(run, plots):
   if not parts:
     return markup.section('Curves', markup.paragraph('The run has not written any metric yet.'))
   note = markup.paragraph(
-    'Training values are means since the line before, over augmented images and by weights that '
-    'move on; validation and test are whole splits as they are.',
+    'Training values are means over the steps since the point before, of augmented images and by '
+    'weights that move on; one over less than half as many steps is not drawn. Validation and test '
+    'are whole splits as they are.',
     faint=True,
   )
   return markup.section('Curves', note, markup.grid(parts))
@@ -199,7 +202,7 @@ def _classes(run, p: Predictions, plots):
     title = f'Accuracy by class, the {half} lowest and the {half} highest of {len(order)}'
   drawn = [plots('classes', title, figures.bars, [names[there[i]] for i in shown], accuracy[shown])]
   if len(names) <= figures.MOST_IN_MATRIX:
-    heading = 'Confusion, in percent of the right class'
+    heading = 'Confusion, % of the true class'
     drawn.append(plots('confusion', heading, figures.confusion, names, matrix))
   confused = [
     [names[i], names[j], number(n), number(n / int(counts[i]), '.1%')]
@@ -212,7 +215,7 @@ def _classes(run, p: Predictions, plots):
     parts.append(markup.paragraph('There is no test split; the checkpoint was chosen by these.'))
   parts.append(markup.grid(drawn))
   if confused:
-    head = ['right', 'predicted', 'images', 'of the class']
+    head = ['true', 'predicted', 'images', 'of the true class']
     parts.append('<h3>Most frequent mistakes</h3>' + markup.table(head, confused))
   parts.append(markup.details('all classes', markup.table(['class', 'images', 'accuracy'], rows)))
   return markup.section('Classes', *parts)
@@ -243,14 +246,14 @@ def _mistakes(run, p, source, plots):
     pixels = source.pixels(example)
     data, kind = pictures.thumbnail(pixels)
     caption = (
-      f'{run.class_names[p.prediction[i]]} {p.probability[i]:.0%}, right: '
-      f'{run.class_names[p.label[i]]} {p.label_probability[i]:.1%}'
+      f'predicted {run.class_names[p.prediction[i]]}: {p.probability[i]:.1%}\n'
+      f'true {run.class_names[p.label[i]]}: {p.label_probability[i]:.1%}'
     )
     shown.append(markup.picture(data, kind, caption, exact=kind == 'image/png'))
     drawn.append(pixels)
-    captions.append(caption.replace(', ', '\n'))
+    captions.append(caption)
   # The page has them one by one.
-  plots.write('mistakes', figures.gallery, drawn, captions)
+  plots.write('mistakes', 'Worst mistakes', figures.gallery, drawn, captions)
   if not shown:
     return [markup.paragraph('There are none: every image is right.')]
   words = 'Those that the network was surest of. They may show wrong labels as well.'
@@ -261,34 +264,28 @@ def _attention(run, p, source, plots):
   weights = pretrained.load(run.folder)
   examples = source.spread(p, _ATTENDED)
   pixels = np.stack([source.pixels(e) for e in examples])
-  maps = pictures.attended(weights, pixels)
+  found = pictures.attended(weights, pixels)
   predicted = {}
   if p is not None:
     predicted = dict(zip(p.index.tolist(), p.prediction.tolist(), strict=True))
-  # A single key gets all attention there is: nothing to see.
-  drawn = [m for m in maps if m[0].size > 1]
+  drawn = [attention for attention in found if not attention.single]
   shown = []
   for i, example in enumerate(examples):
-    data = pictures.row(pixels[i], [m[i] for m in drawn])
-    (plots.folder / f'attention-{i}.png').write_bytes(data)
-    caption = run.class_names[example.label]
+    maps = [attention.maps[i] for attention in drawn]
+    tiles, captions = pictures.tiles(pixels[i], maps), ['image']
+    captions += [
+      f'{a.stage}\n{a.size}\n{pictures.largest(m)}' for a, m in zip(drawn, maps, strict=True)
+    ]
+    title = f'true {run.class_names[example.label]}'
     guess = predicted.get(example.index)
     if guess is not None and guess != example.label:
-      caption += f', taken for {run.class_names[guess]}'
-    shown.append(markup.picture(data, 'image/png', caption))
-  stages = stage_geometry(weights.model, *pixels.shape[1:3])
-  of = ['class token' if s.options.cls_token else 'mean over all queries' for s in stages]
-  names = [f'stage {s}: {words}' for s, words in enumerate(of, start=1)]
-  if len(maps) > len(names):
-    names.append('sequence pooling: the weight of each token')
-  sizes = [m.shape[1:] for m in maps]
-  described = [
-    f'{name}, {h}x{w}' if h * w > 1 else f'{name}, a single key, not shown'
-    for name, (h, w) in zip(names, sizes, strict=True)
-  ]
+      title += f', predicted {run.class_names[guess]}'
+    options = dict(columns=len(tiles), side=_TILE)
+    shown.append(plots(f'attention-{i}', title, figures.gallery, tiles, captions, **options))
+  described = [f'{a.stage}: {a.of}{", a single key, not shown" if a.single else ""}' for a in found]
   words = (
-    'From left to right the image, then where the last block of each stage looks: the mean over '
-    f'its heads, brightest where it looks most. {"; ".join(described).capitalize()}.'
+    'The image, then where the last block of each stage looks, the mean over its heads. '
+    f'{pictures.LEGEND} {"; ".join(described).capitalize()}.'
   )
   return [markup.paragraph(words, faint=True), markup.grid(shown)]
 

@@ -80,12 +80,12 @@ def interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def confusion(p: Predictions, classes: int) -> np.ndarray:
-  """Returns int [classes, classes]: images of each right class (rows) by their prediction."""
+  """Returns int [classes, classes]: images of each true class (rows) by their prediction."""
   return sklearn.metrics.confusion_matrix(p.label, p.prediction, labels=range(classes))
 
 
 def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
-  """Returns the most frequent mistakes as (right class, prediction, images), most first."""
+  """Returns the most frequent mistakes as (true class, prediction, images), most first."""
   wrong = matrix - np.diag(np.diag(matrix))
   order = np.argsort(-wrong, axis=None, kind='stable')[:count]
   pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)

@@ -1,5 +1,6 @@
 """What a notebook shows: cvt_flax.notebook."""
 
+import re
 import types
 import zipfile
 
@@ -59,12 +60,21 @@ def test_a_model_is_drawn_from_its_attributes():
   assert '197 queries, 50 keys\n10 blocks, 6 heads' in found
   with pytest.raises(UserError, match='not a CompactViT'):
     notebook.draw_model(create_model('mcvit'), 32)
+  assert '8×8×96' in words(notebook.draw_model('cvt-nano-cifar10'))
+
+
+def test_a_drawing_says_what_the_whole_network_computes():
+  found = words(notebook.draw_model(create_model('cvt-13'), 224))
+  assert 'the whole network: 4,566 million multiply-adds for an image' in found
 
 
 def test_attention_of_every_stage_that_has_a_choice():
   figure = notebook.draw_attention('cvt-nano-cifar10', notebook.sample_images())
   assert len(figure.axes) == 2 * 4
-  assert 'stage 3: 4×4 keys\nclass token' in words(figure)
+  for axes in figure.axes[3::4]:
+    title, of, largest = axes.get_xlabel().split('\n')
+    assert (title, of) == ('stage 3: 4×4 keys', 'class token')
+    assert re.fullmatch(r'largest \d+\.\d×', largest)
   plain, *mapped = (axes.images[0].get_array() for axes in figure.axes[:4])
   assert plain.shape == (224, 224, 3)
   assert all(np.abs(plain.astype(int) - m).mean() > 5 for m in mapped)
@@ -81,7 +91,9 @@ def test_predictions_are_drawn_in_their_order():
     [0.75, 0.25],
     [0.5, 0.125],
   ]
-  assert {'temple', '$5', 'daisy', '75%', '50%'} <= words(figure)
+  assert {'temple', '$5', 'daisy', '75%', '50%', 'probability'} <= words(figure)
+  ends = {axes.get_xlim()[1] for axes in figure.axes[1::2]}
+  assert len(ends) == 1 and 0.75 < ends.pop() < 0.9  # one scale, no longer than it has to be
 
 
 @pytest.mark.parametrize('draw', [notebook.draw_predictions, None])
@@ -120,16 +132,33 @@ def test_curves_before_the_first_line():
   assert isinstance(notebook.LiveCurves().draw(), Figure)
 
 
+def test_curves_of_two_epochs_are_marked_at_whole_ones():
+  live = notebook.LiveCurves()
+  live._lines = LINES
+  for axes in live.draw().axes:
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_figures_that_are_too_wide_stand_below_each_other(tmp_path):
+  (tmp_path / 'report').mkdir()
+  for name, width in (('loss', 700), ('mistakes', 600)):
+    Image.new('RGBA', (width, 30), 'red').save(tmp_path / 'report' / f'{name}.png')
+  pixels = np.asarray(notebook.show_report(tmp_path, 'loss', 'mistakes'))
+  assert pixels.shape == (30 + 40 + 30, 700, 3)
+  assert (pixels[:30] == (255, 0, 0)).all() and (pixels[30:70] == 255).all()
+  assert (pixels[70:, :600] == (255, 0, 0)).all() and (pixels[70:, 600:] == 255).all()
+
+
 def test_figures_of_a_report_stand_side_by_side(tmp_path):
   for name, color, size in (('loss', (255, 0, 0, 255), (30, 20)), ('mistakes', (0,) * 4, (10, 40))):
     (tmp_path / 'report').mkdir(exist_ok=True)
     for ending in ('', '-dark'):
       Image.new('RGBA', size, color).save(tmp_path / 'report' / f'{name}{ending}.png')
   shown = notebook.show_report(tmp_path, 'loss', 'mistakes')
-  assert (shown.mode, shown.size) == ('RGB', (30 + 2 + 10, 40))
+  assert (shown.mode, shown.size) == ('RGB', (30 + 40 + 10, 40))
   pixels = np.asarray(shown)
-  assert (pixels[10:30, :30] == (255, 0, 0)).all()
-  assert (pixels[:10] == 255).all() and (pixels[:, 30:] == 255).all()  # what is transparent too
+  assert (pixels[:20, :30] == (255, 0, 0)).all()
+  assert (pixels[20:] == 255).all() and (pixels[:, 30:] == 255).all()  # what is transparent too
   with pytest.raises(UserError, match=r"one of loss, mistakes is needed, did you mean 'loss'"):
     notebook.show_report(tmp_path, 'los')
   with pytest.raises(UserError, match='a name is needed: one of loss, mistakes'):
