@@ -251,7 +251,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
 class LiveCurves:
   """Loss and accuracy of a run while it trains: `train(config, watch=LiveCurves())`.
 
-  Redraws one figure of the notebook, at most once a second.
+  Redraws one figure of the notebook, at most once a second; a script has none, and gets nothing.
   """
 
   def __init__(self):
@@ -284,9 +284,12 @@ class LiveCurves:
 
   def _show(self):
     try:
+      from IPython import get_ipython
       from IPython.display import display
     except ImportError as e:
       raise UserError('LiveCurves draws in a notebook, with IPython: pip install ipython') from e
+    if get_ipython() is None:
+      return
     if self._handle is None:
       self._handle = display(self.draw(), display_id=True)
     else:

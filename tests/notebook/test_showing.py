@@ -128,6 +128,13 @@ def test_curves_are_drawn_again_once_a_second_and_at_the_end(monkeypatch):
   assert drawn == [0.0, 1.2, 1.3]
 
 
+def test_a_script_has_no_place_for_curves(capsys):
+  pytest.importorskip('IPython')
+  live = notebook.LiveCurves()
+  live({'step': 1, 'epoch': 0.5, 'train/loss': 2.0})
+  assert capsys.readouterr().out == ''
+
+
 def test_curves_before_the_first_line():
   assert isinstance(notebook.LiveCurves().draw(), Figure)
 
