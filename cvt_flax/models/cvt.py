@@ -211,10 +211,14 @@ class Stage(nn.Module):
       cls = einops.repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=b)
       x = jnp.concatenate([cls, x], axis=1)
     x = nn.Dropout(o.embed_drop_rate, deterministic=not train)(x)
+    block = Block
+    if o.remat:
+      policy = getattr(jax.checkpoint_policies, o.remat)
+      block = nn.remat(Block, policy=policy, static_argnums=(2, 3, 4))  # all but the tokens
     # The rate of drop path rises from zero inside every stage, as in the authors' code.
     for j, rate in enumerate(o.drop_path_schedule()):
       only = cls_only and j == o.depth - 1
-      x = Block(o, rate, self.dtype, name=f'blocks_{j}')(x, (h, w), train, only)
+      x = block(o, rate, self.dtype, name=f'blocks_{j}')(x, (h, w), train, only)
     if cls_only:
       return None, x
     cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
@@ -261,6 +265,10 @@ class CvT(nn.Module):
     in_channels: of the images.
     bn_group_size: images over which a batch norm takes its training statistics; 0 is the whole
       batch, across all devices ('dw_bn').
+    remat: what the stage's blocks keep of the forward pass for the backward pass, which computes
+      the rest again: 'nothing_saveable', 'dots_saveable' or 'dots_with_no_batch_dims_saveable', as
+      jax.checkpoint_policies has them; '' and () keep everything. Less memory, more time, the same
+      numbers.
     dtype: of the computation. Parameters, statistics, softmax and logits are float32.
 
   Raises:
@@ -298,6 +306,7 @@ class CvT(nn.Module):
   final_norm: bool = True
   in_channels: int = 3
   bn_group_size: int = 0
+  remat: tuple[str, ...] = ()
   dtype: jnp.dtype = jnp.float32
 
   def __post_init__(self):

@@ -19,6 +19,8 @@ if typing.TYPE_CHECKING:
 PROJECTIONS = ('dw_bn', 'avg', 'linear')
 ATTENTION_SCALES = ('embed_dim', 'head_dim')
 POOLS = ('cls', 'seq', 'mean')
+# Of jax.checkpoint_policies; '' keeps everything.
+REMAT_POLICIES = ('', 'dots_saveable', 'dots_with_no_batch_dims_saveable', 'nothing_saveable')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class StageOptions:
   attn_drop_rate: float
   drop_path_rate: float
   bn_group_size: int
+  remat: str
 
   @property
   def qkv_padding(self) -> int:
@@ -164,7 +167,13 @@ def resolve(model: CvT) -> list[StageOptions]:
     'embed_drop_rate': rates('embed_drop_rates' if model.embed_drop_rates else 'drop_rates'),
     'attn_drop_rate': rates('attn_drop_rates'),
     'drop_path_rate': rates('drop_path_rates'),
+    'remat': per_stage('remat', default=''),
   }
+  if unknown := set(columns['remat']) - set(REMAT_POLICIES):
+    raise ValueError(
+      f'remat={tuple(columns["remat"])}: {sorted(unknown)[0]!r} is none of '
+      f'{", ".join(map(repr, REMAT_POLICIES))}{nearest(sorted(unknown)[0], REMAT_POLICIES)}'
+    )
   if any(stride != 1 for stride in columns['q_stride']):
     raise ValueError(
       f'q_strides={tuple(columns["q_stride"])}: only 1 fits, attention is added to its input '

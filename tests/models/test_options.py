@@ -27,6 +27,7 @@ PER_STAGE = {
   'embed_drop_rates': 0.0,
   'attn_drop_rates': 0.0,
   'drop_path_rates': 0.0,
+  'remat': '',
 }
 LINEAR = dict(projection='linear')
 AVG = dict(projection='avg')
@@ -57,6 +58,7 @@ REFUSED = [
   (dict(pool='max'), r"pool='max': one of cls, seq, mean"),
   (dict(cls_token=()), r"pool='cls' reads the last stage's class token, .*pool='mean'"),
   (dict(cls_token=(True, True, False)), r"pool='cls' reads the last stage's class token"),
+  (dict(remat=('', 'dots', '')), r"remat=\('', 'dots', ''\): 'dots' is none of '', 'dots_s"),
   (dict(pos_embed=(8, -1, 0)), r'pos_embed=\(8, -1, 0\): at least 0'),
   (dict(num_classes=-1), r'num_classes=-1: at least 0'),
   (dict(in_channels=0), r'in_channels=0: at least 1'),
