@@ -1,7 +1,7 @@
 """Errors that a person can act on."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -27,7 +27,14 @@ class Interrupted(Exception):
     self.exit_code = exit_code
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
-  """Returns ", did you mean 'x'?" for the closest allowed word, '' when none is close."""
+def nearest(word: str, allowed: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
+  """Returns ", did you mean 'x'?" for the closest allowed word, '' when none is close.
+
+  Args:
+    word: what was written.
+    allowed: words that it could have been.
+    shown: what stands in place of each allowed word.
+  """
   close = difflib.get_close_matches(word, list(allowed), n=1)
-  return f', did you mean {close[0]!r}?' if close else ''
+  found = [shown[name] if shown else name for name in close]
+  return f', did you mean {found[0]!r}?' if found else ''

@@ -14,7 +14,7 @@ from cvt_flax.data.array_source import load_digits, load_npz
 from cvt_flax.data.csv_source import load_csv
 from cvt_flax.data.dataset import Dataset, Split, Subset
 from cvt_flax.data.folder_source import load_folder
-from cvt_flax.data.tfds_source import load_tfds
+from cvt_flax.data.tfds_source import load_tfds, unprepared_classes
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.rng import Stream
 
@@ -81,6 +81,24 @@ def load(
   if dataset.train is not None and dataset.validation is None and holdout:
     dataset = _hold_out(dataset, holdout, seed)
   return dataset
+
+
+def extent(source: str, *, data_dir: str = '', **holding_out) -> tuple[int, int]:
+  """Returns how many classes a source has, and how many images to train on.
+
+  Of a TFDS data set that is not prepared the classes are known, the images are 0.
+
+  Args:
+    source, data_dir, holding_out: as in `load`.
+
+  Raises:
+    UserError: as in `load`, but for what is only not prepared.
+  """
+  kind, _, where = source.partition(':')
+  if kind == 'tfds' and (classes := unprepared_classes(where, data_dir)):
+    return classes, 0
+  dataset = load(source, data_dir=data_dir, prepare=False, **holding_out)
+  return len(dataset.class_names), 0 if dataset.train is None else len(dataset.train)
 
 
 def _unknown_source(source: str) -> UserError:

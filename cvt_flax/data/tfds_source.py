@@ -164,6 +164,15 @@ def load_tfds(name: str, data_dir: str, prepare: bool = True) -> Dataset:
   return Dataset(builder.name, class_names, **splits)
 
 
+def unprepared_classes(name: str, data_dir: str) -> int:
+  """Returns the number of classes of a TFDS data set that is not prepared; 0 where it is."""
+  builder = _tfds_builder(name, tfds_root(data_dir))
+  if (builder.data_path / 'dataset_info.json').exists():
+    return 0
+  keys = _label_keys(dict(builder.info.features.items()))
+  return builder.info.features[keys[0]].num_classes if keys else 0
+
+
 def _label_keys(features: dict) -> tuple[str, str] | None:
   """Returns `label_key` and `labels_key` of a `TfdsSplit`; None for what is not classification."""
   import tensorflow_datasets as tfds

@@ -22,12 +22,19 @@ from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORC
 Shapes = Mapping[str, tuple[int, ...]]
 
 # What a model computes on, not what it computes, and what depends on the batch.
-_NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size')
+_NOT_KEPT = ('parent', 'name', 'dtype', 'bn_group_size', 'remat')
 # Attributes that the files of earlier versions lack.
 _ADDED = {'embed_drop_rates', 'in_channels', 'pos_embed'}
 
 # Attributes of a stage that its inference does not depend on.
-_OF_TRAINING = ('drop_rate', 'embed_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'bn_group_size')
+_OF_TRAINING = (
+  'drop_rate',
+  'embed_drop_rate',
+  'attn_drop_rate',
+  'drop_path_rate',
+  'bn_group_size',
+  'remat',
+)
 
 # No size, rate or count of a network that anyone has is larger.
 _LARGEST = 100_000
@@ -43,7 +50,7 @@ Model = CvT | CompactViT
 
 
 def attributes(model: Model) -> dict:
-  """Returns the attributes of `model` as JSON values: all but dtype and bn_group_size."""
+  """Returns the attributes of `model` as JSON values: all but those of computing."""
   values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
   return {k: v for k, v in values.items() if k not in _NOT_KEPT}
 

@@ -51,6 +51,7 @@ def convert_weights(
   if to not in KINDS:
     raise UserError(f'to={to!r}: one of {", ".join(KINDS)} is needed{nearest(to, KINDS)}')
   weights = pretrained.load(source, model, activation, progress)
+  compared = _compared(weights, to) if check else None
   pretrained.check_writable(weights, destination, to)
   notes = list(weights.notes)
   if to in IN_PTH:
@@ -66,8 +67,8 @@ def convert_weights(
     'activation': weights.model.activation,
     'notes': notes,
   }
-  if check:
-    report |= _check(weights, to)
+  if compared:
+    report |= _check(weights, compared)
   pretrained.write(weights, destination, to)
   return report
 
@@ -105,11 +106,17 @@ def _export_note(weights: Weights) -> str:
   )
 
 
-def _check(weights: Weights, to: str) -> dict:
-  """Compares with PyTorch in the layout that is read or written, whichever is PyTorch's."""
+def _compared(weights: Weights, to: str) -> Layout:
+  """Returns the layout that is read or written, whichever is PyTorch's."""
   layout = LAYOUTS.get(to) or LAYOUTS.get(weights.kind)
   if layout is None:
-    raise UserError(f'check: neither {weights.kind!r} nor {to!r} is of it')
+    raise UserError(f'check: neither {weights.kind!r} nor {to!r} is of PyTorch')
+  parity.check_comparable(layout)
+  return layout
+
+
+def _check(weights: Weights, layout: Layout) -> dict:
+  """Returns how far PyTorch's logits and maps are from ours."""
   size = weights.description.preprocessing.image_size
   images = parity.random_images((size, size), channels=weights.model.in_channels)
   found = parity.compare(weights.model, weights.variables, layout, images)

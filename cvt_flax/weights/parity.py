@@ -76,11 +76,16 @@ def activation_difference(model: CvT, variables: dict, images: np.ndarray) -> fl
   return difference(moved, own)
 
 
-def torch_model(model: CvT, variables: Mapping, layout: Layout):
-  """Returns the torch.nn.Module of `layout` with these variables, in evaluation mode."""
-  torch = import_torch('to compare with PyTorch')
+def check_comparable(layout: Layout) -> None:
+  """Raises a UserError for a layout whose network is in no package."""
   if layout.name in COMPACT_LAYOUTS:
     raise UserError(f'{layout.name} is in no package: there is nothing to compare with')
+
+
+def torch_model(model: CvT, variables: Mapping, layout: Layout):
+  """Returns the torch.nn.Module of `layout` with these variables, in evaluation mode."""
+  check_comparable(layout)
+  torch = import_torch('to compare with PyTorch')
   if layout is OFFICIAL:
     architecture.check_expressible(HUGGING_FACE, model)
     layout = HUGGING_FACE

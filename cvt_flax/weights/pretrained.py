@@ -24,6 +24,7 @@ from cvt_flax.weights import (
   layouts,
   preprocessing,
   run_folder,
+  storage,
 )
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
@@ -102,11 +103,14 @@ def load(
     raise UserError('the weights: a file, a folder or hf:NAME is needed')
   if source.startswith('hf:'):
     return _load_folder(_download(source[3:]), source, model, activation, progress)
-  path = pathlib.Path(source)
+  path = storage.path_of(source)
   if not path.exists() and source in list_pretrained():
     path = _TRAINED / source
+  if storage.is_remote(path) and not (path / run_folder.DESCRIPTION).is_file():
+    raise UserError(f'{source} holds no run: of an object store only run folders are read')
   if not path.exists():
-    close = nearest(str(path), [*map(str, path.parent.glob('*')), *list_pretrained()])
+    there = {p.name: str(p) for p in path.parent.glob('*')} | {n: n for n in list_pretrained()}
+    close = nearest(path.name, there, shown=there)
     raise UserError(
       f'{path}: there is no such file or folder{close or "."} hf:NAME is for models of Hugging Face'
     )

@@ -13,7 +13,7 @@ from flax import traverse_util
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import layouts
+from cvt_flax.weights import layouts, storage
 
 # The folder of the checkpoints, and what each of them holds: {'params', 'batch_stats'} of the
 # model, and their averages where the run keeps them.
@@ -52,7 +52,7 @@ def manager(folder: pathlib.Path, keep: int, read_only: bool) -> ocp.CheckpointM
     create=not read_only,
     read_only=read_only,
   )
-  return ocp.CheckpointManager(folder.absolute(), options=options)
+  return ocp.CheckpointManager(storage.absolute(folder), options=options)
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
@@ -100,7 +100,7 @@ def restore_best(
       raise UserError(f'{folder} holds no checkpoint yet')
     averaged = (checkpoints / str(step) / AVERAGES).is_dir()
     name = AVERAGES if averaged else MODEL
-    saved = _shapes(checkpoints.absolute() / str(step) / name)
+    saved = _shapes(storage.absolute(checkpoints) / str(step) / name)
     layouts.check_size(source, model, len(saved))
     shapes = layouts.leaf_shapes(model)
     layouts.check(source, *({'/'.join(p): s for p, s in t.items()} for t in (shapes, saved)))

@@ -1,0 +1,56 @@
+"""Paths on this machine, and in Google Cloud Storage, 'gs://bucket/run'.
+
+What an object store lacks is left to it: nothing is appended to, renamed or locked there. A file
+appears when it is whole, here because it is renamed, there because that is how objects are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+
+from etils import epath
+
+from cvt_flax.errors import UserError
+
+
+def path_of(place: str | pathlib.Path) -> pathlib.Path:
+  """Returns a path; in an object store it is etils.epath's, which has the same methods.
+
+  Raises:
+    UserError: it is in another store, gcsfs is not installed, or the place cannot be reached.
+  """
+  if not is_remote(place):
+    return pathlib.Path(place)
+  if not str(place).startswith('gs://'):
+    raise UserError(f'{place}: a folder of this machine, or gs://BUCKET/FOLDER, is needed')
+  if not importlib.util.find_spec('gcsfs'):  # epath comes without it
+    raise UserError(f'{place}: gcsfs is needed: pip install gcsfs')
+  os.environ.setdefault('EPATH_USE_TF', 'false')  # gcsfs where TensorFlow is installed, too
+  path = epath.Path(place)
+  try:
+    path.exists()
+  except Exception as e:  # of the network, of credentials, of the store
+    raise UserError(f'{place} cannot be reached: {" ".join(str(e).split())[:300]}') from e
+  return path
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+  """Returns the path from the root, as Orbax wants it."""
+  return path if is_remote(path) else path.absolute()
+
+
+def is_remote(place: str | pathlib.Path) -> bool:
+  """Returns whether a path, or its text, is one in an object store."""
+  return '://' in str(place)
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file that appears, or replaces another, when it is whole."""
+  if is_remote(path):
+    path.write_bytes(data)
+    return
+  temporary = path.with_suffix('.tmp')
+  temporary.write_bytes(data)
+  os.replace(temporary, path)
