@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
+  from cvt_flax.training.plan import plan
   from cvt_flax.training.shipped import get_config
   from cvt_flax.weights.conversion import convert_weights
   from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
@@ -39,6 +40,7 @@ __all__ = [
   'list_models',
   'list_pretrained',
   'load_pretrained',
+  'plan',
   'predict_images',
   'save_pretrained',
   'train',
@@ -55,6 +57,7 @@ _PLACES = {
   'list_models': ('cvt_flax.models.zoo', 'list_models'),
   'list_pretrained': ('cvt_flax.weights.pretrained', 'list_pretrained'),
   'load_pretrained': ('cvt_flax.weights.pretrained', 'load_pretrained'),
+  'plan': ('cvt_flax.training.plan', 'plan'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),
   'save_pretrained': ('cvt_flax.weights.pretrained', 'save_pretrained'),
   'train': ('cvt_flax.training.loop', 'run'),

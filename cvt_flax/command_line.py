@@ -19,6 +19,8 @@ _QUIET = {
   'TPU_STDERR_LOG_LEVEL': '2',
   'GRPC_VERBOSITY': 'ERROR',
 }
+# Errors of a file system over a network, which another try may not meet.
+_OF_THE_MOMENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 _BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE ended
 
 
@@ -36,7 +38,8 @@ def run(main: Callable[[], None]) -> None:
   """Runs a command line and exits; `main` is to import jax itself.
 
   Exit codes: 0 done; 2 the input is wrong; 3 diverged; 75 stopped by SIGTERM, run me again;
-  130 Ctrl-C; 141 whoever read the output has gone; 1 anything else, with a traceback.
+  130 Ctrl-C; 141 whoever read the output has gone; 1 anything else, with a traceback, or a line
+  where a file system did not answer.
   """
   signal.signal(signal.SIGINT, _ctrl_c)
   for name, value in _QUIET.items():
@@ -61,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
   except OSError as e:
     if not e.filename and e.errno != errno.ENOSPC:
       raise  # nothing that a line could name
-    _exit(f'{e.filename or "output"}: {e.strerror}', 2)
+    _exit(f'{e.filename or "output"}: {e.strerror}', 1 if e.errno in _OF_THE_MOMENT else 2)
   except KeyboardInterrupt:
     _stop_at_once()
   finally:  # while Python ends, Ctrl-C ends it without a traceback

@@ -97,17 +97,19 @@ def draw_model(model: CvT | str | pathlib.Path, image_size: int | None = None) -
   attributes.
 
   Args:
-    model: it, or weights of it, as `load_pretrained` takes them, of which the size is known.
-    image_size: in pixels.
+    model: it, or weights of it, as `load_pretrained` takes them.
+    image_size: in pixels; of weights by default what they were made for.
 
   Raises:
-    UserError: it is no CvT, or there are no such weights.
+    UserError: it is no CvT, there are no such weights, or the size of a model's images is wanting.
   """
   if isinstance(model, str | pathlib.Path):
     weights = pretrained.load(model)
-    model, image_size = weights.model, weights.description.preprocessing.image_size
+    model, image_size = weights.model, image_size or weights.description.preprocessing.image_size
   if not isinstance(model, CvT):
     raise UserError(f'draw_model draws the stages of a CvT, not a {type(model).__name__}')
+  if not image_size:
+    raise UserError('draw_model: image_size is needed, in pixels')
   stages = stage_geometry(model, image_size, image_size)
   figure = _figure(2.3 * len(stages) + 2.3, 3.1)
   axes = figure.add_axes((0, 0, 1, 1))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import io
 import pathlib
 import zipfile
 
 import numpy as np
 
 from cvt_flax.errors import UserError
+from cvt_flax.weights import storage
 
 # dtypes of the arrays, which are all [n].
 _ARRAYS = {
@@ -53,10 +54,9 @@ class Predictions:
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the file, which appears when it is whole."""
-    temporary = path.with_suffix('.tmp')
-    with open(temporary, 'wb') as file:
-      np.savez_compressed(file, **dataclasses.asdict(self))
-    os.replace(temporary, path)
+    data = io.BytesIO()
+    np.savez_compressed(data, **dataclasses.asdict(self))
+    storage.write_whole(path, data.getvalue())
 
 
 def read(path: pathlib.Path) -> Predictions | None:
@@ -68,7 +68,7 @@ def read(path: pathlib.Path) -> Predictions | None:
   if not path.exists():
     return None
   try:
-    with open(path, 'rb') as opened, np.load(opened) as file:
+    with path.open('rb') as opened, np.load(opened) as file:
       arrays = {name: np.asarray(file[name], dtype) for name, dtype in _ARRAYS.items()}
       split, step = str(file['split']), int(file['step'])
   except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:

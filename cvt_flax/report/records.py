@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,7 @@ import numpy as np
 from cvt_flax.errors import UserError
 from cvt_flax.report import predictions
 from cvt_flax.report.predictions import Predictions
-from cvt_flax.weights import run_folder
+from cvt_flax.weights import run_folder, storage
 
 # The runs of one config over several seeds lie in one folder, each in one of this name.
 SEED_FOLDER = 'seed-{}'
@@ -113,7 +112,7 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
   Raises:
     UserError: a folder holds no run, or is damaged.
   """
-  paths = [pathlib.Path(folder) for folder in folders]
+  paths = [storage.path_of(folder) for folder in folders]
   names = [path.absolute().name for path in paths]
   if len(set(names)) < len(names):
     names = [str(path) for path in paths]
@@ -195,4 +194,5 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list]:
 
 def default_output(groups: Sequence[Group], folders: Sequence[str | pathlib.Path]) -> pathlib.Path:
   """Returns where a report goes: into the run's folder, for several into the first one's."""
-  return pathlib.Path(folders[0], 'report', 'comparison' if len(groups) > 1 else os.curdir)
+  report = storage.path_of(folders[0]) / 'report'
+  return report / 'comparison' if len(groups) > 1 else report

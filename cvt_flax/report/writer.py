@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from cvt_flax.report import comparison, markup, records, single
+from cvt_flax.weights import storage
 
 
 def write_report(
@@ -27,7 +28,7 @@ def write_report(
     UserError: a folder holds no run, or is damaged.
   """
   groups = records.read_groups(folders)
-  output = pathlib.Path(output or records.default_output(groups, folders))
+  output = storage.path_of(output or records.default_output(groups, folders))
   output.mkdir(parents=True, exist_ok=True)
   alone = groups[0].runs[0] if len(groups) == 1 and len(groups[0].runs) == 1 else None
   parts = single.sections(alone, output) if alone else comparison.sections(groups, output)

@@ -2,9 +2,10 @@
 
 import pathlib
 
-import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from cvt_flax.training.sharding import place
 from cvt_flax.training.step import TrainState
 from cvt_flax.weights import run_folder
 
@@ -49,7 +50,7 @@ class Checkpoints:
     """
     restored = run_folder.restore(self._manager, step, _items(abstract))
     return abstract.replace(
-      step=jax.device_put(jax.numpy.int32(step), abstract.step.sharding),
+      step=place(np.int32(step), abstract.step.sharding),
       **restored[run_folder.MODEL],
       ema=restored.get(run_folder.AVERAGES),
       opt_state=restored['optimizer'],

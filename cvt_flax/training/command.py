@@ -1,7 +1,8 @@
 """The command line of train.py: its flags, and their errors in one line."""
 
-import difflib
+import dataclasses
 import itertools
+import json
 import pathlib
 import re
 import sys
@@ -10,7 +11,7 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-from cvt_flax.errors import UserError
+from cvt_flax.errors import UserError, nearest
 from cvt_flax.training import command_help
 from cvt_flax.training.config import keys, unknown_key
 from cvt_flax.training.hardware import keep_freed_memory
@@ -20,7 +21,11 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='the experiment,
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'the run folder; by default runs/NAME-seedN, and runs/NAME where seeds is above 1'
 )
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'what to do')
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'compile'], 'what to do')
+_TOPOLOGY = flags.DEFINE_string('topology', '', 'with --mode=compile, for which devices')
+_DISTRIBUTED = flags.DEFINE_string(
+  'distributed', '', 'this is one of several processes: auto, or HOST:PORT,I,N'
+)
 _LIST = flags.DEFINE_bool('list-configs', False, 'list the experiments that come along')
 _HELP = {'--help', '-help', '-h', '--helpfull', '--helpshort'}  # absl's
 _CONFIG_IS_NEEDED = '--config=configs/NAME.py is needed; --list-configs lists them, --help explains'
@@ -39,8 +44,22 @@ def _main(argv):
     print(command_help.list_text(shipped_configs()))
     return
   config = _config(_config_path(sys.argv))
-  from cvt_flax.training.loop import run  # here, so that a wrong flag is told at once
+  from cvt_flax.training import processes  # here, so that a wrong flag is told at once
+  from cvt_flax.training.loop import run
 
+  if _DISTRIBUTED.value:
+    processes.join(_DISTRIBUTED.value)
+
+  if _TOPOLOGY.value and _MODE.value != 'compile':
+    raise UserError(f'--topology={_TOPOLOGY.value} is for --mode=compile')
+  if _MODE.value == 'compile':
+    from cvt_flax.training.plan import plan
+
+    print(f'compiling the step for {_TOPOLOGY.value or "the devices attached"}')
+    found = plan(config, _TOPOLOGY.value)
+    print(found)
+    print(json.dumps(dataclasses.asdict(found)))
+    return
   run(config, _WORKDIR.value, _MODE.value)
 
 
@@ -60,10 +79,11 @@ def _parse(argv):
       if not path:
         raise UserError(_CONFIG_IS_NEEDED)
   if path and not path.is_file():
-    shipped = {p.stem: p for p in shipped_configs()}
-    close = next(iter(difflib.get_close_matches(path.stem, shipped, n=1)), None)
-    words = f'did you mean {str(shipped[close])!r}?' if close else '--list-configs lists them'
-    raise UserError(f'--config={path}: there is no such file, {words}')
+    shipped = {p.stem: str(p) for p in shipped_configs()}
+    close = nearest(path.stem, shipped, shown=shipped)
+    raise UserError(
+      f'--config={path}: there is no such file{close or ", --list-configs lists what comes along"}'
+    )
   try:
     rest = flags.FLAGS(argv)
   except UserError:

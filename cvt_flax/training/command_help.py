@@ -20,7 +20,8 @@ from cvt_flax.training.config import TrainConfig, get_config, keys
 
 _USAGE = """\
 usage: python train.py --config=configs/NAME.py[:VARIANT] [--workdir=DIR]
-                       [--mode=train|eval] [--config.KEY=VALUE ...]
+                       [--mode=train|eval|compile] [--config.KEY=VALUE ...]
+                       [--distributed=auto|HOST:PORT,I,N]
        python train.py [--config=configs/NAME.py[:VARIANT]] --help
        python train.py --list-configs
 """
@@ -33,7 +34,12 @@ _FLAGS = {
   '--config.KEY=VALUE': 'changes a key of it; all keys stand below',
   '--workdir=DIR': 'the run folder; by default runs/NAME-seedN, and runs/NAME where seeds is '
   'above 1',
-  '--mode=train|eval': 'eval: the metrics of the best checkpoint, or of init_from',
+  '--mode=train|eval|compile': 'eval: the metrics of the best checkpoint, or of init_from; '
+  'compile: memory, collectives and predicted cycles of a step, for --topology',
+  '--topology=v5e:16x16': 'TPUs (v4, v5e, v5p, v6e) or cpu:8, that need not be there; by default '
+  'those attached',
+  '--distributed=auto|HOST:PORT,I,N': 'one of several processes: auto where jax finds the '
+  'others (Cloud TPU, Slurm, Open MPI, Kubernetes), or number I of N, at the address of number 0',
   '--list-configs': 'the experiments that come along, and their variants',
 }
 _EXIT_CODES = {

@@ -88,7 +88,7 @@ _WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The network. Apart from its name, precision and groups, '', 0 and () keep the named model's.
+  """The network. '', 0 and () keep the named model's, but for precision, groups and remat.
 
   Keys of every stage are those of a CvT; width to drop_path_rate are a CompactViT's.
   """
@@ -99,6 +99,11 @@ class ModelConfig:
   )
   bn_group_size: int = key(
     0, 'images a batch norm takes its statistics over; 0: the whole batch', low=0
+  )
+  remat: tuple[str, ...] = key(
+    (),
+    "what every stage's blocks keep for the backward pass: '' is all, 'dots_saveable', "
+    "'dots_with_no_batch_dims_saveable', 'nothing_saveable'",
   )
   embed_dims: tuple[int, ...] = key((), 'channels of every stage', low=1)
   depths: tuple[int, ...] = key((), 'blocks of every stage', low=1)
@@ -298,7 +303,8 @@ class StreamConfig:
 class MeshConfig:
   """The devices."""
 
-  data: int = key(0, 'devices the batch is split over; 0: all', low=0)
+  data: int = key(0, 'copies of the model, the batch is split over; 0: as many as devices', low=0)
+  fsdp: int = key(1, 'devices that share a copy of parameters and optimizer state', low=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,13 +43,13 @@ class Resident:
     )
     if skipped:
       print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
-    memory = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
     if arrays.image.nbytes > memory:
       raise UserError(
         f'{split.name}: {arrays.image.nbytes / 2**30:.1f} GiB of images do not fit into the '
         f'{memory / 2**30:.1f} GiB of a device: set engine=stream, or make the images smaller'
       )
-    return jax.device_put(arrays, sharding.replicated(self._mesh))
+    return sharding.place(arrays, sharding.replicated(self._mesh))
 
   def count(self, arrays: resident.Arrays) -> int:
     """Returns how many images there are."""
@@ -89,6 +89,15 @@ class Resident:
       augment=self._augment,
     )
     return jax.lax.with_sharding_constraint(batch, sharding.split_batch(self._mesh))
+
+  def abstract_feed(self, images: int) -> tuple[Any, ...]:
+    """Returns what `feed_training` yields as shapes, for a split of so many images."""
+    size, everywhere = self._config.image_size, sharding.replicated(self._mesh)
+
+    def of(*shape, dtype=jnp.int32):
+      return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=everywhere)
+
+    return resident.Arrays(of(size, size, 3, dtype=jnp.uint8), of(), of()), of()
 
   def feed_evaluation(self, arrays: resident.Arrays, batch_size: int) -> Iterator[tuple[Any, ...]]:
     """Yields what `eval_batch` takes, so that every image comes once."""
@@ -153,6 +162,23 @@ class Streaming:
     """Returns the batch of a step, inside of jit."""
     return batch
 
+  def abstract_feed(self, images: int) -> tuple[Any, ...]:
+    """Returns what `feed_training` yields as shapes; `images` of the split do not matter."""
+    size, count = self._config.image_size, self._config.batch_size
+    split = sharding.split_batch(self._mesh)
+
+    def of(*shape, dtype):
+      return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=split)
+
+    return (
+      {
+        'image': of(size, size, 3, dtype=jnp.uint8),
+        'label': of(dtype=jnp.int32),
+        'mask': of(dtype=jnp.float32),
+        'index': of(dtype=jnp.int32),
+      },
+    )
+
   def feed_evaluation(
     self, split: dataset.Split, batch_size: int, num_classes: int = 0
   ) -> Iterator[tuple[Any, ...]]:
@@ -182,4 +208,5 @@ class Streaming:
         yield batch
 
 
-ENGINES = {'resident': Resident, 'stream': Streaming}
+Engine = Resident | Streaming
+ENGINES: dict[str, type[Engine]] = {'resident': Resident, 'stream': Streaming}

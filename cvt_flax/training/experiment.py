@@ -14,7 +14,7 @@ from cvt_flax.data.dataset import Dataset
 from cvt_flax.errors import UserError
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
-from cvt_flax.weights import run_folder
+from cvt_flax.weights import run_folder, storage
 from cvt_flax.weights.description import Description, run_json
 
 # What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, which
@@ -29,6 +29,7 @@ _FREE = (
   'eval.every_epochs',
   'eval.batch_size',
   'eval.sets',
+  'model.remat',
   'stream.workers',
 )
 _FREE_GROUPS = ('mesh.', 'checkpoint.')
@@ -44,7 +45,7 @@ _OF_EVALUATION = (
   'eval.test_holdout',
   'optimizer.ema_decay',
 )
-_OF_COMPUTING = ('model.dtype', 'model.bn_group_size')
+_OF_COMPUTING = ('model.dtype', 'model.bn_group_size', 'model.remat')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,8 @@ def read(folder: pathlib.Path) -> Experiment | None:
 
 def free(folder: pathlib.Path) -> str:
   """Returns the flag for a folder beside one that is taken: '--workdir=runs/digits-seed0-2'."""
-  beside = (folder.with_name(f'{folder.name}-{i}') for i in itertools.count(2))
+  folder = folder.resolve() if folder.name in ('', '..') else folder
+  beside = (storage.path_of(f'{folder}-{i}') for i in itertools.count(2))
   return f'--workdir={next(path for path in beside if not path.exists())}'
 
 
@@ -109,18 +111,26 @@ def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> Non
     if not holds_run:
       raise UserError(f'{folder} holds no run to evaluate')
     return
+  if not storage.is_remote(folder):
+    _check_writable(folder)
+  if not holds_run and folder.exists() and any(folder.iterdir()):
+    raise UserError(f'{folder} is not empty and holds no run: give another, {free(folder)}')
+
+
+def _check_writable(folder):
   nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
   if not nearest.is_dir():
     raise UserError(f'--workdir={folder}: {nearest} is not a folder')
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise UserError(f'--workdir={folder}: {nearest} is not writable')
-  if not holds_run and folder.exists() and any(folder.iterdir()):
-    raise UserError(f'{folder} is not empty and holds no run: give another, {free(folder)}')
 
 
 @contextlib.contextmanager
 def only_one(folder: pathlib.Path):
-  """Keeps a second process from training in the same folder, while the block lasts."""
+  """Keeps a second process from training in the same folder, while the block lasts.
+
+  It cannot where nothing locks: in an object store, and on Windows.
+  """
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as e:
@@ -128,6 +138,8 @@ def only_one(folder: pathlib.Path):
   try:
     import fcntl
   except ImportError:  # Windows
+    fcntl = None
+  if not fcntl or storage.is_remote(folder):
     yield
     return
   handle = os.open(folder, os.O_RDONLY)
@@ -172,9 +184,8 @@ def write(folder: pathlib.Path, experiment: Experiment, data: Dataset, model: De
 
 
 def _write(path, value):
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(json.dumps(value, indent=1 if isinstance(value, dict) else None) + '\n')
-  os.replace(temporary, path)
+  text = json.dumps(value, indent=1 if isinstance(value, dict) else None) + '\n'
+  storage.write_whole(path, text.encode())
 
 
 def check_config(

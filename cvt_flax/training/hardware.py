@@ -17,6 +17,21 @@ _ACCELERATORS = (
   ('an NVIDIA GPU', '/dev/nvidia[0-9]*', 'requirements-cuda.txt'),
   ('a TPU', '/dev/accel[0-9]*', 'requirements-tpu.txt'),
 )
+# bfloat16 operations a second of a device's matrix units, dense, by jax's name for it. Google's are
+# from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), NVIDIA's from the data sheets.
+_MATRIX_RATES = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}
 # mallopt's parameters and values, of glibc's malloc.h: -1 switches trimming off.
 _MALLOPT = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1), 'M_ARENA_MAX': (-8, 1)}
 
@@ -32,6 +47,11 @@ def describe() -> dict:
     'devices': [d.device_kind for d in jax.devices()],
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
   }
+
+
+def matrix_rate(device_kind: str) -> float | None:
+  """Returns the bfloat16 operations a second that a device can do; None where it is not known."""
+  return _MATRIX_RATES.get(device_kind)
 
 
 def keep_freed_memory() -> None:

@@ -17,17 +17,18 @@ import ml_collections
 from cvt_flax.errors import Diverged, UserError
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.records import SEED_FOLDER
-from cvt_flax.training import experiment
+from cvt_flax.training import experiment, processes
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
 from cvt_flax.training.evaluate import alarm
 from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
+from cvt_flax.training.sharding import place
 from cvt_flax.training.shipped import get_config
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainMetrics
-from cvt_flax.weights import run_folder
+from cvt_flax.weights import run_folder, storage
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a loss
 # that is not finite stops the run at once.
@@ -47,8 +48,9 @@ def run(
 
   Args:
     config: as `cvt_flax.get_config` returns it, or a name that it takes.
-    workdir: the run folder; '' is runs/NAME-seedN. With config.seeds above 1 it holds a run folder
-      for each of them, seed-0, seed-1, ...; '' is runs/NAME.
+    workdir: the run folder, here or in an object store, 'gs://BUCKET/RUN'; '' is runs/NAME-seedN.
+      With config.seeds above 1 it holds a run folder for each of them, seed-0, seed-1, ...; '' is
+      runs/NAME.
     mode: 'train', or 'eval' for the metrics of the run's best checkpoint, or of the weights
       config.init_from where the folder holds no run that started from them.
     watch: called in training with every line of metrics.jsonl, a dict: at its start with those of a
@@ -72,10 +74,13 @@ def run(
     raise UserError(f'mode={mode!r}: train or eval is needed')
   if watch and mode == 'eval':
     raise UserError("watch has no effect with mode='eval', which writes no metrics")
+  processes.check_joined()
   name = config.name or 'run'
-  if config.seeds > 1:
-    return _run_seeds(config, pathlib.Path(workdir or f'runs/{name}'), mode, watch)
-  return _run_one(config, pathlib.Path(workdir or f'runs/{name}-seed{config.seed}'), mode, watch)
+  with processes.first_speaks():
+    if config.seeds > 1:
+      return _run_seeds(config, storage.path_of(workdir or f'runs/{name}'), mode, watch)
+    folder = storage.path_of(workdir or f'runs/{name}-seed{config.seed}')
+    return _run_one(config, folder, mode, watch)
 
 
 def _run_seeds(config, folder, mode, watch):
@@ -117,9 +122,11 @@ def _run_one(config, folder, mode, watch):
 
 def _train(config, folder, watch):
   training = TrainingSetup(config, folder)
+  processes.wait_for_all('the run folder is read')
   with contextlib.ExitStack() as stack:
-    stack.enter_context(experiment.only_one(folder))
-    experiment.write(folder, training.experiment, training.dataset, training.description)
+    if processes.is_first():
+      stack.enter_context(experiment.only_one(folder))
+      experiment.write(folder, training.experiment, training.dataset, training.description)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = checkpoints.latest_step() or 0
@@ -133,18 +140,15 @@ def _train(config, folder, watch):
           for each in lines if watch else ():
             watch(each)
           return _report(training, _with_validation(line, metrics))
-    state = training.init()
-    training.describe(state)
+    training.describe()
     if not start:
-      state = training.from_weights(state)
+      state = training.from_weights(training.program.init())
     else:
-      abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-      )
-      state = checkpoints.restore(start, abstract)
+      state = checkpoints.restore(start, training.program.state)
       print(f'going on from step {start}')
     writer = MetricWriter(folder, start, config.tensorboard, watch)
     stack.callback(writer.close)
+    processes.wait_for_all('metrics.jsonl ends where the run goes on')
     signals = stack.enter_context(Signals())
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
@@ -152,6 +156,7 @@ def _train(config, folder, watch):
     with contextlib.closing(feed), told_of_memory('batch_size', c.batch_size, unit):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
+    processes.wait_for_all('the last metrics are written')
   _write_report(folder)
   values = _report(training, _with_validation(values, metrics))
   if config.closing_note:
@@ -161,6 +166,11 @@ def _train(config, folder, watch):
 
 def _write_report(folder):
   """Writes the report of what is finished; one that fails costs a line, not the run."""
+  if not processes.is_first():
+    return
+  if jax.process_count() > 1:  # Orbax would wait for the others, who do not restore anything now
+    print(f'python -m cvt_flax.report {folder} writes a report')
+    return
   try:
     from cvt_flax.report.writer import write_report  # here: nothing before needs Matplotlib
 
@@ -204,10 +214,12 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
     check_norms(step)
     window = jax.device_get(state.window).compute()
     values = {f'train/{name}': float(value) for name, value in window.items()}
-    values['train/images_per_sec'] = progress.images_per_second()
+    values['train/images_per_sec'] = rate = progress.images_per_second()
+    if training.image_share and rate:
+      values['train/mfu'] = rate * training.image_share
     writer.write(step, step / training.steps_per_epoch, values)
     progress.interval(step, values['train/loss'])
-    return state.replace(window=jax.device_put(TrainMetrics.empty(), training.replicated))
+    return state.replace(window=place(TrainMetrics.empty(), training.replicated))
 
   def save(step, val_top1=None):
     check_norms(step)
@@ -244,7 +256,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
 
   for step, fed in enumerate(feed, start):
     began = time.perf_counter()
-    state, loss = training.step(state, *fed)
+    state, loss = training.program.step(state, *fed)
     done = step + 1
     pending.append((done, loss))
     settle(_STEPS_AHEAD if step > start else 0)
@@ -266,7 +278,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
       settle(0)
       save(done)
       progress.start()
-    if signals.received:
+    if signals.received():
       settle(0)
       raise interrupted(done)
   checkpoints.wait()
@@ -289,7 +301,8 @@ def _finish(training, checkpoints, writer, signals):
       raise signals.interruption(unfinished)
     metrics, arrays = found
     predictions = Predictions('test' if test else 'val', values['checkpoint'], **arrays)
-    predictions.save(training.folder / run_folder.PREDICTIONS)
+    if processes.is_first():
+      predictions.save(training.folder / run_folder.PREDICTIONS)
     if test:
       values |= {f'test/{key}': value for key, value in metrics.items()}
   if training.sets:

@@ -5,18 +5,21 @@ clu.metric_writers is not used: importing it takes TensorFlow and TensorBoard.
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable
 
+from cvt_flax.training.processes import is_first
+from cvt_flax.weights import storage
 from cvt_flax.weights.run_folder import METRICS, read_metrics
 
 
 class MetricWriter:
   """Appends lines to metrics.jsonl and scalars to TensorBoard events.
 
+  Where nothing can be appended to, in an object store, metrics.jsonl is written anew each time.
   On resume the file is cut back to the restored step first, so that it reads as if the run had
-  never stopped; what a killed run wrote after its last checkpoint will be written again.
+  never stopped; what a killed run wrote after its last checkpoint will be written again. Of several
+  processes the first writes; in the others nothing happens.
   """
 
   def __init__(
@@ -35,21 +38,21 @@ class MetricWriter:
       watch: called with every line of metrics.jsonl, those that stay from before included.
     """
     self._path, self._watch = folder / METRICS, watch
-    for line in self._cut_back(step):
+    self._file = self._events = None
+    self._writes = is_first()
+    if not self._writes:
+      return
+    lines = [line for line in read_metrics(self._path) if line['step'] <= step]
+    self._text = ''.join(json.dumps(line) + '\n' for line in lines)
+    storage.write_whole(self._path, self._text.encode())
+    for line in lines:
       self._show(line)
-    self._file = open(self._path, 'a')
-    self._events = None
+    if not storage.is_remote(self._path):
+      self._file = open(self._path, 'a')
     if tensorboard:
       import tensorboardX
 
       self._events = tensorboardX.SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
-
-  def _cut_back(self, step):
-    lines = [line for line in read_metrics(self._path) if line['step'] <= step]
-    temporary = self._path.with_suffix('.tmp')
-    temporary.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    os.replace(temporary, self._path)
-    return lines
 
   def _show(self, line):
     if self._watch:
@@ -57,12 +60,19 @@ class MetricWriter:
 
   def write(self, step: int, epoch: float, values: dict) -> None:
     """Writes one line {'step', 'epoch', **values}; lists go to metrics.jsonl alone."""
+    if not self._writes:
+      return
     finite = {
       k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }
     line = {'step': step, 'epoch': round(epoch, 4), **finite}
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
+    text = json.dumps(line) + '\n'
+    if self._file:
+      self._file.write(text)
+      self._file.flush()
+    else:
+      self._text += text
+      storage.write_whole(self._path, self._text.encode())
     if self._events:
       for name, value in finite.items():
         if isinstance(value, int | float):
@@ -71,6 +81,7 @@ class MetricWriter:
     self._show(line)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._events:
       self._events.close()

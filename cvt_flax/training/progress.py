@@ -16,7 +16,23 @@ class Progress:
   training steps alone: compilation, evaluation and checkpoints do not count.
   """
 
-  def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream=None):
+  def __init__(
+    self,
+    total_steps: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    stream=None,
+    image_share: float | None = None,
+  ):
+    """Nothing is shown yet.
+
+    Args:
+      total_steps, steps_per_epoch, batch_size: of the run.
+      stream: to write to; stdout by default.
+      image_share: of what the devices could do in a second, what one image takes. With it the rate
+        is also shown as a share of that, the model's flops utilisation (MFU).
+    """
+    self._image_share = image_share
     self._stream = stream or sys.stdout
     self._tty = terminal.is_terminal(self._stream)
     self._total, self._per_epoch, self._batch = total_steps, steps_per_epoch, batch_size
@@ -74,7 +90,10 @@ class Progress:
     if self._all_seconds:
       rate = self._all_steps / self._all_seconds
       left = (self._total - step) / rate
-      words += [f'{rate * self._batch:,.0f} images/s', f'{_duration(left)} left']
+      words.append(f'{rate * self._batch:,.0f} images/s')
+      if self._image_share:
+        words.append(f'{rate * self._batch * self._image_share:.1%} MFU')
+      words.append(f'{_duration(left)} left')
     return words
 
 

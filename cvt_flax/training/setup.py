@@ -24,15 +24,11 @@ from cvt_flax.training.config import EvalConfig, ModelConfig, TrainConfig
 from cvt_flax.training.engines import ENGINES, Streaming
 from cvt_flax.training.evaluate import evaluate, make_eval_step, make_forward, predict, score
 from cvt_flax.training.freeze import find_frozen
-from cvt_flax.training.optimizer import (
-  layer_scales,
-  make_optimizer,
-  make_schedule,
-  peak_learning_rate,
-)
+from cvt_flax.training.processes import is_first
+from cvt_flax.training.program import make_program
 from cvt_flax.training.progress import Progress
 from cvt_flax.training.signals import Signals
-from cvt_flax.training.step import TrainState, init_state, make_train_step
+from cvt_flax.training.step import TrainState
 from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.preprocessing import Preprocessing
@@ -94,7 +90,7 @@ class Setup:
     """
     self.config, self.folder = config, folder
     build_model(config.model, 10, config.image_size)  # before a wrong name is called another config
-    self.mesh = sharding.make_mesh(config.mesh.data)
+    self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     self.replicated = sharding.replicated(self.mesh)
     self.eval_batch_size = config.eval.batch_size or config.batch_size
     name = 'eval.batch_size' if config.eval.batch_size else 'batch_size'
@@ -231,14 +227,14 @@ class Setup:
   def _evaluate(self, variables, feed, signals, step):
     def batches():
       for fed in feed:
-        if signals.received:
+        if signals.received():
           return
         yield step(variables, *fed)
 
     memory = hardware.told_of_memory('eval.batch_size', self.eval_batch_size, self.mesh.size)
     with contextlib.closing(feed), memory:
       metrics = evaluate(batches())
-    return None if signals.received else metrics
+    return None if signals.received() else metrics
 
   def variables_of_weights(self) -> dict:
     """Returns the variables that config.init_from holds, on every device."""
@@ -249,7 +245,7 @@ class Setup:
       self.description.preprocessing,
       new_head=False,
     )
-    return jax.device_put(traverse_util.unflatten_dict(leaves), self.replicated)
+    return sharding.place(traverse_util.unflatten_dict(leaves), self.replicated)
 
   def _shapes(self):
     """Returns the model's variables as shapes."""
@@ -258,9 +254,8 @@ class Setup:
 
   def restore_best(self, checkpoints: Checkpoints) -> dict:
     """Returns the variables of the best checkpoint, averaged where averages are kept."""
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), self._shapes()
-    )
+    shapes = self._shapes()
+    abstract = sharding.abstract(shapes, sharding.split_state(self.mesh, shapes))
     averaged = bool(self.config.optimizer.ema_decay)
     return checkpoints.restore_variables(checkpoints.best_step(), abstract, averaged)
 
@@ -297,40 +292,31 @@ class TrainingSetup(Setup):
     if self.saved:
       experiment.check_data(folder, self.saved, self.experiment)
 
-    c = config.optimizer
-    peak = peak_learning_rate(c, config.learning_rate, config.batch_size)
-    schedule = make_schedule(c, peak, self.total_steps, self.steps_per_epoch)
-    scales = None if c.layer_decay == 1 else layer_scales(c.layer_decay, params)
-    tx = make_optimizer(c, schedule, scales)
-    train_step = make_train_step(
+    self.program = make_program(
+      config,
       self.model,
-      tx,
-      schedule,
-      seed=config.seed,
-      mean=config.mean,
-      std=config.std,
-      augment=config.augment,
-      ema_decay=c.ema_decay,
-      accumulate_steps=c.accumulate_steps,
-      class_weights=config.class_weights,
-      frozen=self.frozen,
+      params,
+      self.frozen,
+      self.engine,
+      self.mesh,
+      total_steps=self.total_steps,
+      steps_per_epoch=self.steps_per_epoch,
+    )
+    self.image_share = self._image_share()
+    self.progress = Progress(
+      self.total_steps, self.steps_per_epoch, config.batch_size, image_share=self.image_share
     )
 
-    def step(state, *fed):
-      return train_step(state, self.engine.train_batch(state.step, *fed))
+  def _image_share(self):
+    """Returns what an image takes of what the devices could do in a second; None: not known.
 
-    self.step = jax.jit(step, donate_argnums=0, out_shardings=self.replicated)
-    # It runs once, and to optimise the many draws of random numbers would take the CPU's compiler
-    # as long as the training step does.
-    quick = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-    self.init = jax.jit(
-      lambda: init_state(
-        self.model, tx, config.seed, config.image_size, bool(c.ema_decay), self.frozen
-      ),
-      out_shardings=self.replicated,
-      compiler_options=quick,
-    )
-    self.progress = Progress(self.total_steps, self.steps_per_epoch, config.batch_size)
+    By the model's own multiply-adds, the backward pass twice the forward one.
+    """
+    rate = hardware.matrix_rate(self.mesh.devices.flat[0].device_kind)
+    if not rate or self.config.model.dtype != 'bfloat16' or self.frozen.parameters:
+      return None
+    size = self.config.image_size
+    return 3 * 2 * multiply_adds(self.model, size, size) / (rate * self.mesh.size)
 
   def from_weights(self, state: TrainState) -> TrainState:
     """Returns the first state with the weights of config.init_from in it, if any."""
@@ -342,7 +328,10 @@ class TrainingSetup(Setup):
     variables = initialize.replace_leaves(variables, leaves)
     ema = None if state.ema is None else variables
     # Each its own buffers: the step donates them all.
-    variables, ema = (jax.device_put(tree, self.replicated) for tree in (variables, ema))
+    variables, ema = (
+      None if tree is None else sharding.place(tree, sharding.split_state(self.mesh, tree))
+      for tree in (variables, ema)
+    )
     return state.replace(**variables, ema=jax.tree.map(jnp.copy, ema))
 
   def _read_weights(self):
@@ -376,9 +365,9 @@ class TrainingSetup(Setup):
         f'eval.holdout={c.eval.holdout} has no effect: {c.source} brings a validation split'
       )
 
-  def describe(self, state: TrainState) -> None:
+  def describe(self) -> None:
     """Prints what is about to happen and writes the table of parameters."""
-    c, d = self.config, self.dataset
+    c, d, state = self.config, self.dataset, self.program.state
     sizes = [
       f'{0 if split is None else len(split):,} {name}'
       for name, split in (('train', d.train), ('validation', d.validation), ('test', d.test))
@@ -400,8 +389,18 @@ class TrainingSetup(Setup):
     plural = 's' * (self.steps_per_epoch > 1)
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g} epochs'
     print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}')
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    (self.folder / run_folder.PARAMETERS).write_text(overview + '\n')
+    split = self.mesh.shape['fsdp'] > 1
+    if split:
+      held = sharding.bytes_a_device(state)
+      print(
+        f'mesh: data {self.mesh.shape["data"]} x fsdp {self.mesh.shape["fsdp"]}, '
+        f'{held / 2**20:,.1f} MiB of state a device'
+      )
+    if is_first():
+      overview = parameter_overview.get_parameter_overview(
+        state.params, include_stats='sharding' if split else False
+      )
+      (self.folder / run_folder.PARAMETERS).write_text(overview + '\n')
 
   def eval_is_due(self, step: int) -> bool:
     epoch, rest = divmod(step, self.steps_per_epoch)

@@ -1,11 +1,18 @@
 """SIGTERM and Ctrl-C as requests that the run answers at its next step."""
 
+import contextlib
+import itertools
 import signal
 import sys
 import threading
 
+import jax
+from jax.experimental import multihost_utils
+
 from cvt_flax.errors import Interrupted
 
+# jax counts the times that a process asks whether to stop, over all of its runs.
+_ASKED = itertools.count(1)
 # What a run exits with: 75 (EX_TEMPFAIL of sysexits.h) asks a scheduler to run it again.
 _EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
@@ -13,16 +20,21 @@ _EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 class Signals:
   """Notes signals while the block lasts; a second one of the same kind acts as it always did.
 
+  With several processes jax notes a SIGTERM that any of them gets, and has all of them answer at
+  the same step; Ctrl-C is a SIGTERM there.
+
   Outside the main thread, where Python delivers no signals, nothing is noted.
   """
 
   def __init__(self):
-    self.received: signal.Signals | None = None
+    self._noted: int | None = None
     self._previous = {}
+    self._several = jax.process_count() > 1
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      self._previous = {s: signal.signal(s, self._note) for s in _EXIT_CODES}
+      numbers = [signal.SIGINT] if self._several else _EXIT_CODES
+      self._previous = {s: signal.signal(s, self._note) for s in numbers}
     return self
 
   def __exit__(self, *_):
@@ -31,13 +43,25 @@ class Signals:
 
   def _note(self, number, frame):
     del frame
-    self.received = signal.Signals(number)
     signal.signal(number, self._previous[number])
-    print(f'{self._name()}: stopping after this step; again stops at once', file=sys.stderr)
+    with contextlib.suppress(RuntimeError):  # something is being written there at this moment
+      print(f'{_name(number)}: stopping after this step; again stops at once', file=sys.stderr)
+    if self._several:
+      signal.raise_signal(signal.SIGTERM)
+    else:
+      self._noted = number
+
+  def received(self) -> bool:
+    """Whether to stop. All processes ask equally often, and get the same answer each time."""
+    if self._several and self._noted is None:
+      if multihost_utils.reached_preemption_sync_point(next(_ASKED)):
+        self._noted = signal.SIGTERM
+    return self._noted is not None
 
   def interruption(self, what: str) -> Interrupted:
     """Returns the exception to raise, with `what` is to be told of the state of things."""
-    return Interrupted(f'{self._name()}: {what}', _EXIT_CODES[self.received])
+    return Interrupted(f'{_name(self._noted)}: {what}', _EXIT_CODES[self._noted])
 
-  def _name(self):
-    return 'Ctrl-C' if self.received == signal.SIGINT else self.received.name
+
+def _name(number):
+  return 'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name

@@ -96,6 +96,7 @@ def make_train_step(
   accumulate_steps: int,
   class_weights: tuple[float, ...] = (),
   frozen: Frozen = Frozen(),  # noqa: B008  (immutable)
+  whole: jax.sharding.Sharding | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch) -> (state, loss).
 
@@ -106,7 +107,7 @@ def make_train_step(
 
   The loss is the mean of the images' cross entropies, in which the target of class c counts
   `class_weights[c]`, or 1 for (). What is `frozen` stays byte for byte as it is, in the averages
-  too.
+  too. Parameters that are split over devices are computed with under the sharding `whole`.
   """
   groups = getattr(model, 'bn_group_size', 0)  # CompactViT has no batch norm
   classes = num_classes(model.num_classes)
@@ -135,6 +136,8 @@ def make_train_step(
 
   def loss_fn(trained, variables, images, targets, dropout_key):
     params = frozen.joined(trained, variables['params'])
+    if whole is not None:  # each layer gathers its own: the compiler would as soon move activations
+      params = jax.lax.with_sharding_constraint(params, whole)
     with frozen.in_evaluation():
       logits, updates = model.apply(
         variables | {'params': params},
