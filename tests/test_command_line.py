@@ -47,6 +47,7 @@ def raises(error):
     (Interrupted('Ctrl-C: saved step 3', 130), 130, 'Ctrl-C: saved step 3'),
     (FileNotFoundError(2, 'No such file', 'a.jpg'), 2, 'a.jpg: No such file'),
     (OSError(28, 'No space left on device'), 2, 'output: No space left on device'),
+    (OSError(116, 'Stale file handle', 'a.npz'), 1, 'a.npz: Stale file handle'),
   ],
 )
 def test_an_error_is_one_line_and_an_exit_code(monkeypatch, error, code, line):

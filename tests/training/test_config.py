@@ -255,6 +255,7 @@ def test_every_model_key_reaches_the_model():
     'drop_rates': (0.1, 0.2, 0.3),
     'attn_drop_rates': (0.3, 0.2, 0.1),
     'drop_path_rates': (0.0, 0.1, 0.2),
+    'remat': ('', 'dots_saveable', 'nothing_saveable'),
   }
   changed = build_model(freeze(config_with({f'model.{k}': v for k, v in changes.items()})).model, 5)
   for name, value in changes.items():

@@ -29,8 +29,9 @@ WITHOUT_GRADIENT = r'proj_k/bias|stage1/blocks_0/attn/conv_proj_q'
 
 
 @pytest.fixture
-def from_weights(config, tmp_path):
+def from_weights(stateful, tmp_path):
   """The tiny config, of which all that moves numbers is on, from weights with drawn statistics."""
+  config = stateful
   model = build_model(freeze(config).model, 2)
   save_pretrained(
     tmp_path / 'weights', model, drawn_variables(model), ('0', '1'), Preprocessing(8, 1.0)
@@ -99,7 +100,7 @@ def test_a_frozen_run_goes_on_bit_for_bit(from_weights, tmp_path, monkeypatch):
   original = Setup.evaluate
 
   def interrupted(self, variables, arrays, signals):
-    signals.received = signal.SIGTERM
+    signals._noted = signal.SIGTERM
     return original(self, variables, arrays, signals)
 
   with monkeypatch.context() as patch:

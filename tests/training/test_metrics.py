@@ -268,6 +268,15 @@ def test_the_time_left_goes_by_all_steps_of_the_run(clock):
   assert '  5 images/s  2:40 left' in stream.getvalue()  # 80 steps of two seconds
 
 
+def test_the_rate_is_a_share_of_what_the_devices_can_do(clock):
+  stream = io.StringIO()
+  shown = Progress(100, 50, 10, stream, image_share=0.02)
+  shown.start()
+  take_steps(shown, clock, range(1, 11), seconds=0.5)
+  shown.interval(10, 1.0)
+  assert '  20 images/s  40.0% MFU  0:45 left' in stream.getvalue()
+
+
 def test_a_resumed_run_counts_only_its_own_steps(clock):
   stream = io.StringIO()
   shown = Progress(total_steps=100, steps_per_epoch=50, batch_size=10, stream=stream)

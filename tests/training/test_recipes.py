@@ -174,6 +174,7 @@ def test_every_config_trains_a_step(name, variant, tmp_path):
   config.init_from = ''
   config.image_size = 24
   config.batch_size = 8
+  config.mesh.data = 1
   if is_compact(config.model.name):
     config.model.update(SMALL_COMPACT)
   else:

@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from cvt_flax.errors import Interrupted
 from cvt_flax.training import loop
 from cvt_flax.training.metrics import read_metrics
+from tests.training.compare import assert_same_bytes, lines_without_times, saved_arrays
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -26,23 +24,6 @@ def _command(config_file, folder):
     f'--config={config_file}',
     f'--workdir={folder}',
   ]
-
-
-def _without_times(folder):
-  return [
-    {k: v for k, v in line.items() if k != 'train/images_per_sec'}
-    for line in read_metrics(folder / 'metrics.jsonl')
-  ]
-
-
-def _arrays(folder, step):
-  """Returns everything that a checkpoint holds, as {name of the leaf: array}."""
-  with ocp.CheckpointManager(folder / 'checkpoints') as manager:
-    names = ('model', 'ema', 'optimizer', 'window')
-    args = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
-    tree = manager.restore(step, args=args)
-  leaves = jax.tree_util.tree_leaves_with_path(dict(tree.items()))
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _kill_after(process, folder, step, number):
@@ -58,7 +39,7 @@ def _kill_after(process, folder, step, number):
   raise AssertionError(f'the run ended ({process.poll()}) before it could be killed')
 
 
-@pytest.mark.parametrize(('file', 'steps'), [('config_file', 33), ('streamed_file', 15)])
+@pytest.mark.parametrize(('file', 'steps'), [('stateful_file', 33), ('streamed_file', 15)])
 def test_killed_three_times_it_ends_with_the_same_bytes(file, steps, quick_env, tmp_path, request):
   """kill -9 in mid-epoch, and the same command again: as if it had never been killed."""
   config_file = request.getfixturevalue(file)
@@ -75,11 +56,10 @@ def test_killed_three_times_it_ends_with_the_same_bytes(file, steps, quick_env, 
     assert process.wait() == -signal.SIGKILL
   subprocess.run(_command(config_file, killed), env=environment, check=True, capture_output=True)
 
-  assert _without_times(killed) == _without_times(whole)
-  expected, got = _arrays(whole, steps), _arrays(killed, steps)
-  assert got.keys() == expected.keys() and any('ema' in name for name in got)
-  for name, array in expected.items():
-    assert got[name].tobytes() == array.tobytes(), name
+  assert lines_without_times(killed) == lines_without_times(whole)
+  expected, got = saved_arrays(whole, steps), saved_arrays(killed, steps)
+  assert any('ema' in name for name in got)
+  assert_same_bytes(got, expected)
 
 
 def test_sigterm_saves_exits_75_and_the_run_goes_on(config_file, quick_env, tmp_path, trained):
@@ -107,7 +87,7 @@ def test_a_signal_during_evaluation_loses_nothing(config, trained, tmp_path, mon
   original = Setup.evaluate
 
   def interrupted(self, variables, arrays, signals):
-    signals.received = signal.SIGTERM
+    signals._noted = signal.SIGTERM
     return original(self, variables, arrays, signals)
 
   with monkeypatch.context() as patch:
@@ -117,5 +97,5 @@ def test_a_signal_during_evaluation_loses_nothing(config, trained, tmp_path, mon
     assert stop.value.exit_code == 75
   result = loop.run(config, tmp_path)
   _, folder, expected = trained
-  assert _without_times(tmp_path) == _without_times(folder)
+  assert lines_without_times(tmp_path) == lines_without_times(folder)
   assert result == expected

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cvt_flax import predict_images
 from cvt_flax.errors import Diverged, UserError
-from cvt_flax.training import experiment, loop, setup
+from cvt_flax.training import experiment, loop, program, setup
 from cvt_flax.training.config import get_config
 from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import read_metrics
@@ -41,7 +41,7 @@ def test_a_run_learns_and_says_what_it_did(trained, capsys):
   record = json.loads((folder / 'experiment.json').read_text())
   assert record['config']['source'] == config.source
   assert record['hardware']['versions']['jax'] == jax.__version__
-  assert 'stage1' in (folder / 'parameters.txt').read_text()
+  assert 'stage0' in (folder / 'parameters.txt').read_text()
 
 
 def test_a_finished_run_is_left_alone(trained, capsys):
@@ -88,12 +88,27 @@ def test_a_run_folder_of_another_config_is_not_touched(trained):
   assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
 
 
-def test_a_run_may_get_more_epochs_another_mesh_and_other_checkpoints(config, tmp_path):
+def test_a_free_folder_is_beside_the_one_that_is_taken(tmp_path, monkeypatch):
+  (tmp_path / 'run' / 'inner').mkdir(parents=True)
+  (tmp_path / 'run-2').mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert experiment.free(pathlib.Path('run')) == '--workdir=run-3'
+  monkeypatch.chdir(tmp_path / 'run')
+  assert experiment.free(pathlib.Path('.')) == f'--workdir={tmp_path / "run-3"}'
+  monkeypatch.chdir(tmp_path / 'run' / 'inner')
+  assert experiment.free(pathlib.Path('..')) == f'--workdir={tmp_path / "run-3"}'
+
+
+def test_a_run_may_get_more_epochs_another_mesh_other_checkpoints_and_remat(config, tmp_path):
   config.epochs, config.mesh.data = 2, 8
   loop.run(config, tmp_path)
-  config.epochs, config.mesh.data, config.checkpoint.every_steps = 3, 4, 0
-  loop.run(config, tmp_path)
+  before = read_metrics(tmp_path / 'metrics.jsonl')
+  config.epochs, config.mesh.data, config.checkpoint.every_steps = 3, 4, 5
+  config.model.remat = ('nothing_saveable',)
+  watched = []
+  loop.run(config, tmp_path, watch=watched.append)
   lines = read_metrics(tmp_path / 'metrics.jsonl')
+  assert watched == lines and lines[: len(before)] == before  # what was, then what is new
   assert [m['step'] for m in lines if 'test/top1' in m] == [22, 33]
   assert [m['step'] for m in lines if 'val/top1' in m] == [11, 22, 33]
 
@@ -247,13 +262,16 @@ def test_a_test_split_and_test_images_held_out(config, tmp_path):
       'eval.batch_size=10 does not divide over 8 devices: 8 or 16 would',
     ),
     ({'batch_size': 1600}, 'batch_size=1600: .* has only 180 images'),
-    ({'model.kv_strides': (4, 1)}, 'leaves stage 0 of the model a single key'),
     (
-      {'image_size': 1, 'model.patch_strides': (8, 8), 'model.patch_paddings': (0, 0)},
+      {'model.kv_strides': (4,), 'model.cls_token': (False,), 'model.pool': 'mean'},
+      'leaves stage 0 of the model a single key',
+    ),
+    (
+      {'image_size': 1, 'model.patch_strides': (8,), 'model.patch_paddings': (0,)},
       'image_size=1: too small, stage 0',
     ),
     ({'model.name': 'cvt-nona'}, "did you mean 'cvt-nano'?"),
-    ({'model.num_heads': (1, 3)}, 'num_heads=.* 3 heads do not divide the 8 channels of stage 1'),
+    ({'model.num_heads': (3,)}, 'num_heads=.* 3 heads do not divide the 8 channels of stage 0'),
     ({'source': 'npz:nowhere.npz'}, 'nowhere.npz'),
     ({'model.bn_group_size': 5}, 'bn_group_size=5 does not divide batch_size=16'),
   ],
@@ -294,8 +312,9 @@ def test_too_little_memory_is_told_with_a_batch_to_try(
   def step(state, batch):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
 
-  monkeypatch.setattr(setup, 'make_train_step', lambda *_, **__: step)
+  monkeypatch.setattr(program, 'make_train_step', lambda *_, **__: step)
   config.batch_size, config.mesh.data, config.model.bn_group_size = batch_size, devices, groups
+  config.optimizer.accumulate_steps = 2
   with pytest.raises(UserError, match=f'batch_size={batch_size} is too large .*: {words}') as error:
     loop.run(config, tmp_path / 'run')
   assert '\n' not in str(error.value)
@@ -341,13 +360,14 @@ def test_imagenet_takes_a_real_step_on_stand_in_arrays(tmp_path):
   rng = np.random.default_rng(0)
   np.savez(
     tmp_path / 'stand_in.npz',
-    **{f'x_{s}': rng.integers(0, 255, (8, 224, 224, 3), np.uint8) for s in ('train', 'val')},
+    **{f'x_{s}': rng.integers(0, 255, (8, 64, 64, 3), np.uint8) for s in ('train', 'val')},
     **{f'y_{s}': np.arange(8) for s in ('train', 'val')},
   )
   config = imagenet()
   config.source = f'npz:{tmp_path}/stand_in.npz'
+  config.image_size = 64
   config.batch_size = 8
-  config.epochs = 6
+  config.epochs = config.eval.every_epochs = 6
   config.optimizer.min_learning_rate = 0.0  # the rate scales with the batch, this does not
   config.model.bn_group_size = 4
   config.mesh.data = 2

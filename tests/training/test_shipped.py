@@ -78,12 +78,6 @@ def test_watch_gets_every_line_as_it_is_written(config, tmp_path):
   train(config, tmp_path / 'run', watch=finished.append)
   assert finished == lines
 
-  config.epochs = 3  # it goes on: what was, then what is new
-  again = []
-  train(config, tmp_path / 'run', watch=again.append)
-  assert again[: len(lines)] == lines and again[-1]['step'] > lines[-1]['step']
-  assert again == [json.loads(line) for line in path.read_text().splitlines()]
-
 
 def test_an_evaluation_has_nothing_to_watch(config, tmp_path):
   with pytest.raises(UserError, match='watch has no effect'):

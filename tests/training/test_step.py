@@ -170,10 +170,10 @@ def trajectory(source, tmp_path_factory):
         patch.setattr(setup, 'build_model', build_model)
         run = setup.TrainingSetup(config, tmp_path_factory.mktemp('runs') / 'none')
       assert run.steps_per_epoch == 4
-      state, losses = run.init(), []
+      state, losses = run.program.init(), []
       step = None
       for fed in run.engine.feed_training(run.train_data, 0, 10):
-        step = step or run.step.lower(state, *fed).compile()
+        step = step or run.program.step.lower(state, *fed).compile()
         state, loss = step(state, *fed)
         assert len(loss.sharding.device_set) == devices
         losses.append(float(loss))

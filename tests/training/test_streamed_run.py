@@ -212,36 +212,41 @@ def wait_for(process, word):
   raise AssertionError(process.stderr.read())
 
 
+def processes_of(group):
+  """Returns those of a group that are alive; what nobody has asked the end of does not count."""
+  alive = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    with contextlib.suppress(OSError):  # it ended meanwhile
+      _, _, fields = path.read_text().rpartition(') ')
+      state, _, of_group = fields.split()[:3]
+      if int(of_group) == group and state != 'Z':
+        alive.append(path)
+  return alive
+
+
 def assert_ended(group):
-  """Waits until no process of a group is alive; what nobody has asked the end of does not count."""
   deadline = time.monotonic() + 30
-  while time.monotonic() < deadline:
-    alive = []
-    for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
-      with contextlib.suppress(OSError):  # it ended meanwhile
-        _, _, fields = path.read_text().rpartition(') ')
-        state, _, of_group = fields.split()[:3]
-        if int(of_group) == group and state != 'Z':
-          alive.append(path)
-    if not alive:
-      return
+  while alive := processes_of(group):
+    assert time.monotonic() < deadline, f'still there: {alive}'
     time.sleep(0.1)
-  raise AssertionError(f'still there: {alive}')
 
 
 @pytest.mark.parametrize(
-  ('number', 'code', 'word', 'seconds'),
+  ('number', 'code', 'word', 'count', 'seconds'),
   [
-    (signal.SIGINT, 130, 'run folder', 1.0),  # while processes start
-    (signal.SIGTERM, 75, 'validation:', 0.0),
-    (signal.SIGINT, 130, 'validation:', 0.7),  # while those of the next evaluation start
+    (signal.SIGINT, 130, 'run folder', 3, 0.0),  # while processes start
+    (signal.SIGTERM, 75, 'validation:', 1, 0.0),
+    (signal.SIGINT, 130, 'validation:', 1, 0.7),  # while those of the next evaluation start
   ],
 )
 def test_a_signal_to_all_processes_saves_and_says_so(
-  streamed_file, quick_env, tmp_path, number, code, word, seconds
+  streamed_file, quick_env, tmp_path, number, code, word, count, seconds
 ):
   process = start_with_workers(streamed_file, quick_env, tmp_path / 'run')
   wait_for(process, word)
+  while len(processes_of(process.pid)) < count:
+    assert process.poll() is None
+    time.sleep(0.01)
   time.sleep(seconds)
   os.killpg(process.pid, number)
   _, errors = process.communicate(timeout=120)
