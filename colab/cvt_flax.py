@@ -32,7 +32,8 @@
 # 2. takes the published weights, classifies pictures and shows where the network looks,
 # 3. trains a CvT on CIFAR-10,
 # 4. fine-tunes one on your own images,
-# 5. keeps what was trained, goes on after a lost runtime, exports, and traces a step.
+# 5. keeps what was trained, goes on after a lost runtime, exports, and traces a step,
+# 6. compiles a training step for a slice of 256 TPU chips, without having one.
 #
 # It runs on a TPU, a GPU or a CPU: *Runtime > Change runtime type*, before the first cell.
 #
@@ -85,6 +86,7 @@ from cvt_flax import (
   list_pretrained,
   load_pretrained,
   notebook,
+  plan,
   predict_images,
   save_pretrained,
   train,
@@ -319,3 +321,21 @@ short.steps, short.epochs, short.log_every = 15, 10, 5
 with notebook.trace_steps(TRACE) as watch:
   train(short, tempfile.mkdtemp(), watch=watch)
 print(*TRACE.rglob('*.gz'), *TRACE.rglob('*.pb'), sep='\n')
+
+# %% [markdown]
+# ## 6. Before you rent a pod
+#
+# A TPU's compiler runs where no TPU is. `plan` compiles the training step of ImageNet for 256 chips and
+# tells what a chip's memory holds, what travels between chips, and how many cycles XLA's cost model
+# predicts: a model, not a measurement. That takes minutes, ten on two cores, and `libtpu`, which TPU
+# runtimes have (elsewhere `pip install libtpu`). Without it this compiles the step of section 3, for what
+# is attached.
+
+# %%
+if importlib.util.find_spec('libtpu') and not SMOKE:
+  imagenet = get_config('cvt13_imagenet')
+  imagenet.batch_size = 4096  # of all chips: 16 a chip
+  imagenet.model.bn_group_size = 16  # within a chip: the chips then speak once a step
+  print(plan(imagenet, 'v5e:16x16'))
+else:
+  print(plan(cifar))
