@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
   from cvt_flax.training.plan import plan
+  from cvt_flax.training.predict import predict_dataset
   from cvt_flax.training.shipped import get_config
   from cvt_flax.weights.conversion import convert_weights
   from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
@@ -41,6 +42,7 @@ __all__ = [
   'list_pretrained',
   'load_pretrained',
   'plan',
+  'predict_dataset',
   'predict_images',
   'save_pretrained',
   'train',
@@ -58,6 +60,7 @@ _PLACES = {
   'list_pretrained': ('cvt_flax.weights.pretrained', 'list_pretrained'),
   'load_pretrained': ('cvt_flax.weights.pretrained', 'load_pretrained'),
   'plan': ('cvt_flax.training.plan', 'plan'),
+  'predict_dataset': ('cvt_flax.training.predict', 'predict_dataset'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),
   'save_pretrained': ('cvt_flax.weights.pretrained', 'save_pretrained'),
   'train': ('cvt_flax.training.loop', 'run'),

@@ -15,6 +15,9 @@ from cvt_flax import command_line
 from cvt_flax.errors import UserError
 
 if typing.TYPE_CHECKING:
+  from cvt_flax.models.compact import CompactViT
+  from cvt_flax.models.cvt import CvT
+  from cvt_flax.weights.preprocessing import Preprocessing
   from cvt_flax.weights.pretrained import Weights
 
 # What is taken of a folder; an image that is named may be called as it likes.
@@ -71,7 +74,6 @@ def predict_images(
   import numpy as np
 
   from cvt_flax.data import images as pictures
-  from cvt_flax.models.geometry import stage_geometry
   from cvt_flax.ops.logits import class_logits, num_classes
   from cvt_flax.ops.pixels import normalize_pixels
   from cvt_flax.weights import pretrained
@@ -79,20 +81,7 @@ def predict_images(
   paths = _check(images, top, image_size, batch_size)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = weights.model, weights.description.preprocessing
-  if not model.num_classes:
-    raise UserError(f'{weights.source} has no classifier')
-  if model.in_channels != 3:
-    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
-  if image_size:
-    steps = dataclasses.replace(steps, image_size=image_size)
-  size = steps.image_size
-  try:
-    stages = stage_geometry(model, size, size)
-  except ValueError as e:
-    raise UserError(str(e)) from e
-  if min(min(stage.height, stage.width) for stage in stages) < 1:
-    raise UserError(f'images of {size}x{size} are too small for this model')
+  model, steps = ready(weights, image_size)
   names = weights.description.class_names
   top = min(top, num_classes(model.num_classes))
 
@@ -122,6 +111,35 @@ def predict_images(
         tuple(names[i] if names else f'class {i}' for i in found.tolist()),
         tuple(shares.tolist()),
       )
+
+
+def ready(weights: Weights, image_size: int) -> tuple[CvT | CompactViT, Preprocessing]:
+  """Returns the model and the preprocessing that classify images.
+
+  Args:
+    weights: that are read.
+    image_size: in place of their own; 0 keeps it.
+
+  Raises:
+    UserError: the model has no classifier, or is not for such images.
+  """
+  from cvt_flax.models.geometry import stage_geometry
+
+  model, steps = weights.model, weights.description.preprocessing
+  if not model.num_classes:
+    raise UserError(f'{weights.source} has no classifier')
+  if model.in_channels != 3:
+    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
+  if image_size:
+    steps = dataclasses.replace(steps, image_size=image_size)
+  size = steps.image_size
+  try:
+    stages = stage_geometry(model, size, size)
+  except ValueError as e:
+    raise UserError(str(e)) from e
+  if min(min(stage.height, stage.width) for stage in stages) < 1:
+    raise UserError(f'images of {size}x{size} are too small for this model')
+  return model, steps
 
 
 def _check(images, top, image_size, batch_size):

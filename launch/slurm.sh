@@ -20,6 +20,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
+: "${SLURM_JOB_ID:?is for sbatch: sbatch launch/slurm.sh}"
 
 if [ "$#" -eq 0 ]; then
   set -- --config=configs/cvt13_imagenet.py

@@ -137,6 +137,11 @@ def test_a_slurm_job_by_itself_is_of_a_config_that_is_there(play):
   assert (ROOT / calls[0][-2].removeprefix('--config=')).is_file()
 
 
+def test_slurm_is_needed():
+  done = subprocess.run([LAUNCH / 'slurm.sh'], capture_output=True, text=True)
+  assert done.returncode and 'sbatch launch/slurm.sh' in done.stderr
+
+
 def test_the_jobset():
   jobset = yaml.safe_load((LAUNCH / 'jobset.yaml').read_text())
   assert jobset['apiVersion'] == 'jobset.x-k8s.io/v1alpha2' and jobset['kind'] == 'JobSet'

@@ -24,6 +24,24 @@ def load_folder(directory: str) -> Dataset:
     raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
 
 
+def list_images(directory: str) -> FileSplit:
+  """Returns the visible images in and below a folder, sorted; all labels are -1.
+
+  Raises:
+    UserError: there is none, or a folder cannot be read.
+  """
+  root = os.path.expanduser(directory)
+  packer = NamePacker()
+  try:
+    names = _images_below(root, '')
+  except OSError as error:
+    raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
+  if not names:
+    raise UserError(f'no images in {root}; looked for {" ".join(IMAGE_EXTENSIONS)}')
+  packer.extend(names)
+  return FileSplit(root, root, packer.finish(), np.full(len(names), -1, np.int32))
+
+
 def _list_folder(root: str) -> Dataset:
   folders = _split_folders(root)
   first, *others = folders.values()

@@ -47,6 +47,9 @@ _OF_EVALUATION = (
 )
 _OF_COMPUTING = ('model.dtype', 'model.bn_group_size', 'model.remat')
 
+# What keeps a second run out of a folder; it stays there, empty.
+_LOCK = '.lock'
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -113,7 +116,7 @@ def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> Non
     return
   if not storage.is_remote(folder):
     _check_writable(folder)
-  if not holds_run and folder.exists() and any(folder.iterdir()):
+  if not holds_run and folder.exists() and any(p.name != _LOCK for p in folder.iterdir()):
     raise UserError(f'{folder} is not empty and holds no run: give another, {free(folder)}')
 
 
@@ -142,7 +145,8 @@ def only_one(folder: pathlib.Path):
   if not fcntl or storage.is_remote(folder):
     yield
     return
-  handle = os.open(folder, os.O_RDONLY)
+  # Of a file that is written to: over NFS a folder would be locked on this machine alone.
+  handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
   try:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

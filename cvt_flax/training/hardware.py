@@ -69,13 +69,14 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def told_of_memory(key: str, batch_size: int, unit: int) -> Iterator[None]:
+def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Iterator[None]:
   """Makes XLA's RESOURCE_EXHAUSTED, when the block raises it, an error that a person can act on.
 
   Args:
-    key: of the config that says the batch size: batch_size or eval.batch_size.
+    flag: that says the batch size, as '--config.eval.batch_size'.
     batch_size: what it is.
     unit: what has to divide a batch: devices, groups of batch norm, microbatches.
+    also: what else has to change with it.
 
   Raises:
     UserError: the memory of a device is too little.
@@ -87,17 +88,16 @@ def told_of_memory(key: str, batch_size: int, unit: int) -> Iterator[None]:
       raise
     smaller = batch_size // 2 // unit * unit
     words = (
-      f'try --config.{key}={smaller}'
+      f'try {flag}={smaller}'
       if smaller
       else (
         f'a smaller one has to be a multiple of {unit}: change mesh.data, model.bn_group_size or '
         'optimizer.accumulate_steps with it'
       )
     )
-    if key == 'batch_size':  # which a run keeps
-      words += ', with another --workdir'
+    given = f'{flag.removeprefix("--").removeprefix("config.")}={batch_size}'
     raise UserError(
-      f'{key}={batch_size} is too large for the memory of a device: {words}, or smaller images'
+      f'{given} is too large for the memory of a device: {words}{also}, or smaller images'
     ) from e
 
 

@@ -129,17 +129,15 @@ def _train(config, folder, watch):
       experiment.write(folder, training.experiment, training.dataset, training.description)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
-    start = checkpoints.latest_step() or 0
+    start = int(processes.of_first(checkpoints.latest_step() or 0))
     metrics = folder / run_folder.METRICS
-    if start == training.total_steps:
-      lines = run_folder.read_metrics(metrics)
-      for line in lines:
-        scored = all(f'{each.name}/top1' in line for each in training.sets)
-        if line['step'] == start and 'checkpoint' in line and scored:
-          print(f'{folder} is finished')
-          for each in lines if watch else ():
-            watch(each)
-          return _report(training, _with_validation(line, metrics))
+    lines = run_folder.read_metrics(metrics)
+    last = _last_metrics(training, lines, start)
+    if processes.of_first(last is not None):
+      print(f'{folder} is finished')
+      for line in lines if watch else ():
+        watch(line)
+      return _report(training, _with_validation(last, metrics))
     training.describe()
     if not start:
       state = training.from_weights(training.program.init())
@@ -153,7 +151,9 @@ def _train(config, folder, watch):
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
     unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
-    with contextlib.closing(feed), told_of_memory('batch_size', c.batch_size, unit):
+    another = ', with another --workdir'  # as a run keeps its batch size
+    memory = told_of_memory('--config.batch_size', c.batch_size, unit, another)
+    with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
     processes.wait_for_all('the last metrics are written')
@@ -164,12 +164,20 @@ def _train(config, folder, watch):
   return values
 
 
+def _last_metrics(training, lines, step):
+  """Returns the line of metrics that ends a run at a step; None where something is missing yet."""
+  if step < training.total_steps:
+    return None
+  sets = [f'{each.name}/top1' for each in training.sets]
+  for line in lines:
+    if line['step'] == step and all(name in line for name in ('checkpoint', *sets)):
+      return line
+  return None
+
+
 def _write_report(folder):
   """Writes the report of what is finished; one that fails costs a line, not the run."""
   if not processes.is_first():
-    return
-  if jax.process_count() > 1:  # Orbax would wait for the others, who do not restore anything now
-    print(f'python -m cvt_flax.report {folder} writes a report')
     return
   try:
     from cvt_flax.report.writer import write_report  # here: nothing before needs Matplotlib
@@ -251,6 +259,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
   # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
   lines = run_folder.read_metrics(training.folder / run_folder.METRICS)
   evaluated = any(line['step'] == start and 'val/top1' in line for line in lines)
+  evaluated = processes.of_first(evaluated)
   if start and training.eval_is_due(start) and not evaluated and not validate(start):
     raise interrupted(start)
 

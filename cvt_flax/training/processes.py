@@ -9,7 +9,9 @@ import os
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import ArrayLike
 
 from cvt_flax.errors import Interrupted, UserError
 
@@ -71,6 +73,16 @@ def wait_for_all(name: str) -> None:
   """Returns when all processes are here; `name` is of the place, for whoever waits in vain."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def of_first(values: ArrayLike) -> np.ndarray:
+  """Returns the first process's values, so that all decide alike; the others' are of that shape.
+
+  What processes see of a folder may differ for seconds, where a network lies between.
+  """
+  if jax.process_count() == 1:
+    return np.asarray(values)
+  return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(values)))
 
 
 @contextlib.contextmanager

@@ -231,7 +231,8 @@ class Setup:
           return
         yield step(variables, *fed)
 
-    memory = hardware.told_of_memory('eval.batch_size', self.eval_batch_size, self.mesh.size)
+    flag = '--config.eval.batch_size'
+    memory = hardware.told_of_memory(flag, self.eval_batch_size, self.mesh.size)
     with contextlib.closing(feed), memory:
       metrics = evaluate(batches())
     return None if signals.received() else metrics
@@ -388,7 +389,10 @@ class TrainingSetup(Setup):
       )
     plural = 's' * (self.steps_per_epoch > 1)
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g} epochs'
-    print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}')
+    images = self.engine.count(self.train_data)
+    rest = images - self.steps_per_epoch * c.batch_size
+    left = f'; an epoch leaves out {rest} images, which fill no batch' if rest > images / 20 else ''
+    print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}{left}')
     split = self.mesh.shape['fsdp'] > 1
     if split:
       held = sharding.bytes_a_device(state)

@@ -30,9 +30,22 @@ PARAMETERS = 'parameters.txt'
 BEST = 'val/top1'
 
 
-def manager(folder: pathlib.Path, keep: int, read_only: bool) -> ocp.CheckpointManager:
-  """Returns Orbax's manager of the checkpoints in `folder`, which keeps the latest and the best."""
+def manager(
+  folder: pathlib.Path, keep: int, read_only: bool, alone: bool = False
+) -> ocp.CheckpointManager:
+  """Returns Orbax's manager of the checkpoints in `folder`, which keeps the latest and the best.
+
+  Args:
+    folder: of the checkpoints.
+    keep: how many of the latest.
+    read_only: whether nothing is written.
+    alone: whether this process reads by itself; else all processes of a run do the same.
+  """
   policies = ocp.checkpoint_managers
+  processes = ocp.options.MultiprocessingOptions()
+  if alone:
+    me = jax.process_index()
+    processes = ocp.options.MultiprocessingOptions(me, {me}, f'process {me}')
   # best_fn alone would let retention delete the newest checkpoint, the policy alone would not
   # write the metrics that it reads: both are needed.
   options = ocp.CheckpointManagerOptions(
@@ -51,6 +64,7 @@ def manager(folder: pathlib.Path, keep: int, read_only: bool) -> ocp.CheckpointM
     cleanup_tmp_directories=not read_only,
     create=not read_only,
     read_only=read_only,
+    multiprocessing_options=processes,
   )
   return ocp.CheckpointManager(storage.absolute(folder), options=options)
 
@@ -94,7 +108,7 @@ def restore_best(
   checkpoints = folder / CHECKPOINTS
   if not checkpoints.is_dir():
     raise UserError(f'{folder} holds no checkpoint yet')
-  with manager(checkpoints, keep=1, read_only=True) as opened:
+  with manager(checkpoints, keep=1, read_only=True, alone=True) as opened:
     step = best_step(opened)
     if step is None:
       raise UserError(f'{folder} holds no checkpoint yet')

@@ -114,6 +114,7 @@ def test_two_processes_compute_what_one_does(quick_env, tmp_path):
   said = re.compile('jax|images|loss|top-1')
   assert said.search(two[0][1]) and not said.search(two[1][1])
   assert_close(losses(tmp_path / '2'), losses(tmp_path / '1'), 60)
+  assert (tmp_path / '2/report/index.html').is_file()
 
 
 def test_two_processes_read_what_one_does(quick_env, jpegs, tmp_path):
@@ -233,6 +234,30 @@ def test_one_process_goes_on_from_two(several, whole, stopped, quick_env, tmp_pa
   assert len(got) == len(expected) == 33
   np.testing.assert_array_equal(got[:11], expected[:11])
   np.testing.assert_allclose(got[11:21], expected[11:21], rtol=2e-6)
+
+
+def test_two_processes_write_the_parts_that_one_did_not(quick_env, jpegs, tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  options = ['--weights=cvt-nano-cifar10', '--part_size=40', '--batch_size=16', '--features']
+  options += [str(jpegs)]
+  program = '-m', 'cvt_flax.batch_predict'
+  ((code, *said),) = finish(start(quick_env, 1, 4, *options, str(one), program=program))
+  assert code == 0 and len(parts := sorted(one.glob('*.npz'))) == 4, said
+  shutil.copytree(one, two)
+  for part in parts[1:3]:
+    (two / part.name).unlink()
+  ends = finish(start(quick_env, 2, 2, *options, str(two), program=program))
+  assert [code for code, *_ in ends] == [0, 0], ends
+  for said in ('2 of 4 parts are there', 'part 3 of 4'):
+    assert said in ends[0][1] and said not in ends[1][1]
+  for part in parts:
+    expected, found = dict(np.load(part)), dict(np.load(two / part.name))
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+      if array.dtype == np.float32:
+        np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5)
+      else:
+        np.testing.assert_array_equal(array, expected[name])
 
 
 def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):

@@ -334,7 +334,7 @@ def test_too_little_memory_for_an_evaluation_names_its_own_key(config, tmp_path,
 def test_another_error_of_xla_is_left_alone():
   with (
     pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'),
-    told_of_memory('batch_size', 16, 8),
+    told_of_memory('--config.batch_size', 16, 8),
   ):
     raise jax.errors.JaxRuntimeError('INTERNAL: something else')
 

@@ -1,0 +1,270 @@
+"""predict_dataset(weights, source, folder): a model's answers to millions of images, in parts."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cvt_flax.data import sources, stream
+from cvt_flax.data.dataset import SPLIT_NAMES, Split, Subset, sha256
+from cvt_flax.data.files import FileSplit
+from cvt_flax.data.folder_source import list_images
+from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
+from cvt_flax.models.cvt import CvT
+from cvt_flax.ops.logits import class_logits, num_classes
+from cvt_flax.ops.pixels import normalize_pixels
+from cvt_flax.predict import ready
+from cvt_flax.training import processes, sharding
+from cvt_flax.training.hardware import told_of_memory
+from cvt_flax.training.signals import Signals
+from cvt_flax.weights import files, pretrained, storage
+from cvt_flax.weights.preprocessing import Preprocessing
+
+_JOB, _PART = 'job.json', 'part-{:05d}-of-{:05d}.npz'
+_DTYPES = ('', 'float32', 'bfloat16')
+_AHEAD = 2  # batches that devices are given before the results of an earlier one are asked for
+
+
+@processes.first_speaks()
+def predict_dataset(
+  weights: str | pathlib.Path | pretrained.Weights,
+  source: str,
+  folder: str | pathlib.Path,
+  *,
+  split: str = '',
+  top: int = 5,
+  features: bool = False,
+  image_size: int = 0,
+  dtype: str = '',
+  batch_size: int = 64,
+  part_size: int = 16_384,
+  workers: int = 0,
+  data_dir: str = '',
+) -> list[pathlib.Path]:
+  """Classifies every image of a source, on all devices of all processes, and writes it in parts.
+
+  A part is there when it is whole. A call that was stopped goes on with the parts that are missing,
+  on as many devices and processes as there are then. A part is an .npz file of n = `part_size`
+  images, in the order of the source; the last one of what is left:
+
+    index: int64 [n], the place in the split.
+    path: str [n], of the file; where images are files.
+    label: int32 [n]; where the source has labels.
+    readable: bool [n]. Of an image that cannot be decoded classes are -1 and numbers NaN.
+    classes: int32 [n, top], the most probable ones, the first one the most.
+    probabilities: float32 [n, top], theirs, of the softmax over all classes.
+    features: float32 [n, c], what the classifier reads; if asked for.
+
+  job.json beside them says what they are of, and names the classes.
+
+  Args:
+    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    source: a folder, for the images in and below it, or what a config takes, 'tfds:NAME' and so on.
+    folder: where parts are written, here or in 'gs://BUCKET/FOLDER'.
+    split: 'train', 'validation' or 'test'; '' where the source has just one.
+    top: how many classes of each image; all where there are fewer.
+    features: whether features are written.
+    image_size: height and width in place of the weights' own; 0 keeps theirs.
+    dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.
+    batch_size: images that are computed at once, on all devices together.
+    part_size: images of a part.
+    workers: processes that decode, on each host; 0 is a choice by its cores.
+    data_dir: where TFDS keeps its data sets; '' as in a config.
+
+  Returns:
+    The paths of all parts, in order.
+
+  Raises:
+    UserError: something is not usable, or the folder holds parts of another call.
+    Interrupted: SIGTERM or Ctrl-C came; the parts that were written are kept.
+  """
+  _check(top, image_size, dtype, batch_size, part_size, workers)
+  processes.check_joined()
+  mesh = sharding.make_mesh()
+  sharding.check_batch('batch_size', batch_size, mesh)
+  folder = storage.path_of(folder)
+  images, labelled = _open(source, split, data_dir)
+  if not isinstance(weights, pretrained.Weights):
+    weights = pretrained.load(weights)
+  model, steps = ready(weights, image_size)
+  if dtype:
+    model = model.clone(dtype=jnp.dtype(dtype))
+  top = min(top, num_classes(model.num_classes))
+  job = {
+    'weights': weights.source,
+    'variables': sha256(jax.tree.leaves(weights.variables)),
+    'class_names': weights.description.class_names,
+    'preprocessing': dataclasses.asdict(steps),
+    'dtype': jnp.dtype(model.dtype).name,
+    'source': os.path.abspath(source) if os.path.isdir(source) else source,
+    'split': images.name,
+    'images': len(images),
+    'digest': images.digest(),
+    'top': top,
+    'features': features,
+    'part_size': part_size,
+  }
+  _check_job(folder, job)
+  processes.wait_for_all('job.json is read')
+  if processes.is_first():
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(folder / _JOB, (json.dumps(job, indent=1) + '\n').encode())
+
+  count = math.ceil(len(images) / part_size)
+  parts = [folder / _PART.format(i, count) for i in range(count)]
+  missing = np.flatnonzero(processes.of_first([not path.exists() for path in parts]))
+  if len(missing) < count:
+    print(f'{count - len(missing):,} of {count:,} parts are there')
+  if not missing.size:
+    return parts
+  places = {
+    i: np.arange(i * part_size, min((i + 1) * part_size, len(images))) for i in missing.tolist()
+  }
+  left = Subset(images.name, images, np.concatenate([*places.values()]).astype(np.int32))
+  reading = stream.Reading(jax.process_index(), jax.process_count(), workers, skip_unreadable=True)
+  read = stream.eval_batches(left, steps.image_size, steps.crop_ratio, batch_size, reading)
+  compute = _jitted(model, steps, top, features, mesh)
+  variables = sharding.place(weights.variables, sharding.replicated(mesh))
+  with (
+    Signals() as signals,
+    told_of_memory('--batch_size', batch_size, mesh.size),
+    contextlib.closing(sharding.prefetch(read, mesh)) as batches,
+  ):
+    results = _results(functools.partial(compute, variables), batches, signals)
+    began, done = time.perf_counter(), 0
+    for i, arrays in _regrouped(results, {i: len(index) for i, index in places.items()}):
+      if not labelled:
+        del arrays['label']
+      arrays['index'] = places[i]
+      if isinstance(images, FileSplit):
+        arrays['path'] = np.array([images.path(n) for n in places[i]])
+      _tell_unreadable(images, arrays)
+      if i % jax.process_count() == jax.process_index():
+        data = io.BytesIO()
+        np.savez(data, **arrays)
+        storage.write_whole(parts[i], data.getvalue())
+      done += len(places[i])
+      rate = done / (time.perf_counter() - began)
+      print(f'part {i + 1:,} of {count:,}  {rate:,.0f} images/s', flush=True)
+  processes.wait_for_all('all parts are written')
+  return parts
+
+
+def _tell_unreadable(images, arrays):
+  for row in np.flatnonzero(~arrays['readable']):
+    name = arrays['path'][row] if 'path' in arrays else f'{images.name} #{arrays["index"][row]}'
+    print(f'{name} cannot be read')
+
+
+def _check(top, image_size, dtype, batch_size, part_size, workers):
+  given = {'top': top, 'batch_size': batch_size, 'part_size': part_size}
+  given |= {'image_size': image_size, 'workers': workers}
+  for name, value in given.items():
+    least = 0 if name in ('image_size', 'workers') else 1
+    if value < least:
+      raise UserError(f'{name}={value}: at least {least} is needed')
+  if dtype not in _DTYPES:
+    raise UserError(f'dtype={dtype!r}: float32 or bfloat16 is needed')
+
+
+def _open(source: str, split: str, data_dir: str) -> tuple[Split, bool]:
+  """Returns the images, and whether they have labels."""
+  if os.path.isdir(os.path.expanduser(source)):
+    if split:
+      raise UserError(f'split={split!r}: {source} is a folder without splits; folder:{source} has')
+    return list_images(source), False
+  if os.sep in source and ':' not in source:
+    raise UserError(f'{source}: there is no such folder')
+  dataset = sources.load(source, data_dir=data_dir, holdout=0)
+  there = {name: getattr(dataset, name) for name in SPLIT_NAMES if getattr(dataset, name)}
+  if split not in there and (split or len(there) > 1):
+    has = ', '.join(f'{name} ({len(part):,} images)' for name, part in there.items())
+    raise UserError(f'split={split!r}: {source} has {has}')
+  return there[split or next(iter(there))], True
+
+
+def _check_job(folder: pathlib.Path, job: dict) -> None:
+  """Raises a UserError where the folder holds something else than parts of this job."""
+  path = folder / _JOB
+  if not path.exists():
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise UserError(f'{folder} is there and holds no {_JOB}: give another folder')
+    return
+  saved, now = files.read_json(path), json.loads(json.dumps(job))
+  # 'variables' and 'digest' say what these two are, wherever they lie.
+  other = [name for name in now.keys() - {'weights', 'split'} if saved.get(name) != now[name]]
+  if other:
+    raise UserError(
+      f'{folder} holds parts of another call, with another {", ".join(sorted(other))}: give '
+      'another folder'
+    )
+
+
+def _jitted(
+  model: CvT | CompactViT, steps: Preprocessing, top: int, features: bool, mesh: Mesh
+) -> Callable[[dict, dict], dict]:
+  """Returns the jitted (variables, batch) -> arrays of a part, for the images of the batch."""
+
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+  def compute(variables, batch):
+    images = normalize_pixels(batch['image'], steps.mean, steps.std)
+    readable = batch['mask'] > 0
+    shares, classes = jax.lax.top_k(
+      jax.nn.softmax(class_logits(model.apply(variables, images))), top
+    )
+    arrays = {
+      'label': batch['label'],
+      'readable': readable,
+      'classes': jnp.where(readable[:, None], classes, -1),
+      'probabilities': jnp.where(readable[:, None], shares, jnp.nan),
+    }
+    if features:  # the same network, which XLA finds to be computed already
+      found = model.clone(num_classes=0).apply(variables, images)
+      arrays['features'] = jnp.where(readable[:, None], found, jnp.nan)
+    return arrays
+
+  return compute
+
+
+def _results(
+  compute: Callable[[dict], dict], batches: Iterator[dict], signals: Signals
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields what is computed of each batch, while the devices are at later ones.
+
+  Raises:
+    Interrupted: a signal came.
+  """
+  ahead = collections.deque()
+  for batch in batches:
+    ahead.append(compute(batch))
+    if signals.received():
+      raise signals.interruption('the same command goes on with the parts that are missing')
+    if len(ahead) > _AHEAD:
+      yield jax.device_get(ahead.popleft())
+  yield from map(jax.device_get, ahead)
+
+
+def _regrouped(
+  results: Iterator[dict[str, np.ndarray]], sizes: dict[int, int]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """Yields each key with so many rows of all results; what fills up the last batch is left."""
+  held = []
+  for i, size in sizes.items():
+    while sum(len(arrays['label']) for arrays in held) < size:
+      held.append(next(results))
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *held)
+    held = [{name: x[size:] for name, x in rows.items()}]
+    yield i, {name: x[:size] for name, x in rows.items()}
