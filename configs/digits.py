@@ -34,7 +34,7 @@ def get_config():
   config.augment.label_smoothing = 0.1
   config.eval.every_epochs = 10
   config.closing_note = f"""
-Next, on 50,000 photographs of 10 kinds (downloads 170 MB):
+Next, on 50,000 photographs of 10 kinds (170 MB to download, unless they are there):
   {sys.executable} train.py --config=configs/cvt13_cifar10.py
 and on ImageNet, which has to be prepared first (the command says how):
   {sys.executable} train.py --config=configs/cvt13_imagenet.py"""

@@ -210,7 +210,8 @@ def check_config(
     )
   }
   if changed:
-    words = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
+    told = [f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items()]
+    words = ', '.join(told[:4]) + (f' and {len(told) - 4} more' if told[4:] else '')
     raise UserError(
       f'{folder} holds a run of another config ({words}): give another folder, {free(folder)}, or '
       'the config that it was started with'

@@ -119,6 +119,16 @@ def copy(trained, tmp_path):
   return shutil.copytree(trained[1], tmp_path / 'copy')
 
 
+def test_a_config_that_has_changed_much_is_refused(config, copy):
+  config.optimizer.clip_norm = 1.0
+  with pytest.raises(UserError, match=r'another config \(optimizer.clip_norm \S+ -> 1.0\): give'):
+    loop.run(config, copy)
+  config.learning_rate = config.optimizer.weight_decay = config.augment.erase_prob = 0.5
+  config.augment.label_smoothing, config.augment.flip = 0.2, False
+  with pytest.raises(UserError, match=r'\((\S+ \S+ -> \S+ ){4}and 2 more\): give'):
+    loop.run(config, copy)
+
+
 def test_data_that_has_changed_is_refused(config, copy):
   record = json.loads((copy / 'experiment.json').read_text())
   record['data'] = '0' * 64
