@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from cvt_flax import terminal
@@ -63,10 +64,12 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(_BROKEN_PIPE)
   except OSError as e:
     if not e.filename and e.errno != errno.ENOSPC:
-      raise  # nothing that a line could name
+      _crash()  # nothing that a line could name
     _exit(f'{e.filename or "output"}: {e.strerror}', 1 if e.errno in _OF_THE_MOMENT else 2)
   except KeyboardInterrupt:
     _stop_at_once()
+  except Exception:
+    _crash()
   finally:  # while Python ends, Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -85,16 +88,38 @@ def _ctrl_c(number, frame):
 
 
 def _stop_at_once():
-  """Ends the program as it stands: JAX, interrupted while it computes, may crash as Python ends."""
+  # JAX, interrupted while it computes, may crash as Python ends.
   _tell('Ctrl-C')
-  for process in multiprocessing.active_children():
-    process.terminate()
-  os._exit(130)
+  _leave(130)
 
 
 def _exit(error, code):
   _tell(error)
+  if _is_one_of_several() and code < 3:  # the other codes are of all processes
+    _leave(code)
   sys.exit(code)
+
+
+def _crash():
+  """Ends the program with the traceback of what is being handled."""
+  if not _is_one_of_several():
+    raise
+  traceback.print_exc()
+  _leave(1)
+
+
+def _is_one_of_several():
+  """Whether JAX, as Python ends, waits for other processes, which may be waiting for this one."""
+  jax = sys.modules.get('jax')
+  return jax and jax.distributed.is_initialized()
+
+
+def _leave(code):
+  """Ends the program as it stands, and the processes that it has started."""
+  for process in multiprocessing.active_children():
+    process.terminate()
+  sys.stdout.flush()
+  os._exit(code)
 
 
 def _tell(error):

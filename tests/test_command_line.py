@@ -54,6 +54,26 @@ def test_an_error_is_one_line_and_an_exit_code(monkeypatch, error, code, line):
   assert exit_of(raises(error), monkeypatch) == (code, f'tool.py: {line}\n')
 
 
+@pytest.mark.parametrize(
+  ('error', 'code', 'waits'),
+  [
+    (UserError('wrong'), 2, False),
+    (OSError(116, 'Stale file handle', 'a.npz'), 1, False),
+    (ZeroDivisionError(), 1, False),
+    (ConnectionRefusedError(111, 'refused'), 1, False),
+    (Diverged('the loss is nan at step 3'), 3, True),  # all processes do
+    (Interrupted('SIGTERM: saved step 3', 75), 75, True),
+  ],
+)
+def test_one_of_several_processes_waits_for_no_other(monkeypatch, error, code, waits):
+  left = []
+  monkeypatch.setattr(command_line, '_is_one_of_several', lambda: True)
+  monkeypatch.setattr(command_line.os, '_exit', lambda code: left.append(code) or sys.exit(code))
+  with pytest.raises(SystemExit) as end:
+    command_line.run(raises(error))
+  assert end.value.code == code and left == ([] if waits else [code])
+
+
 @pytest.mark.parametrize('error', [ZeroDivisionError(), ConnectionRefusedError(111, 'refused')])
 def test_what_no_line_can_explain_keeps_its_traceback(error):
   with pytest.raises(type(error)):

@@ -138,7 +138,8 @@ def test_a_slurm_job_by_itself_is_of_a_config_that_is_there(play):
 
 
 def test_slurm_is_needed():
-  done = subprocess.run([LAUNCH / 'slurm.sh'], capture_output=True, text=True)
+  env = {name: value for name, value in os.environ.items() if name != 'SLURM_JOB_ID'}
+  done = subprocess.run([LAUNCH / 'slurm.sh'], env=env, capture_output=True, text=True)
   assert done.returncode and 'sbatch launch/slurm.sh' in done.stderr
 
 

@@ -26,7 +26,7 @@ class ArraySplit(Split):
     return Example(rgb, int(self.labels[index]), index, f'{self.name} #{index}')
 
   def digest(self) -> str:
-    return sha256([str(self.images.shape), self.labels])
+    return sha256([str(self.images.shape), self.images, self.labels])
 
 
 def load_digits() -> Dataset:

@@ -21,7 +21,8 @@ class Example:
   """One image with its label.
 
   Attributes:
-    image: an encoded image, or its pixels, uint8 [h, w, 3].
+    image: an encoded image, or its pixels, uint8 [h, w, 3]. An OSError where there is none: a file
+      that is gone is an image that cannot be decoded.
     label: the class, from 0.
     index: the position in the source's own split; it stays the same when images are held out.
     name: where the image comes from, for error messages: a path, or 'cifar10 train #17'.
@@ -29,7 +30,7 @@ class Example:
       `label`.
   """
 
-  image: bytes | np.ndarray
+  image: bytes | np.ndarray | OSError
   label: int
   index: int
   name: str

@@ -92,6 +92,8 @@ class FileSplit(Split):
     path = self.path(index)
     try:
       data = pathlib.Path(path).read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
+      data = error
+    except OSError as error:  # which another try may not meet
       raise UserError(f'cannot read {path}: {error.strerror}') from error
     return Example(data, int(self.labels[index]), index, path)

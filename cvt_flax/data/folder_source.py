@@ -1,7 +1,8 @@
 """Folders of images, one folder a class."""
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -25,21 +26,21 @@ def load_folder(directory: str) -> Dataset:
 
 
 def list_images(directory: str) -> FileSplit:
-  """Returns the visible images in and below a folder, sorted; all labels are -1.
+  """Returns the visible images in and below a folder, folder by folder; all labels are -1.
 
   Raises:
     UserError: there is none, or a folder cannot be read.
   """
-  root = os.path.expanduser(directory)
-  packer = NamePacker()
+  packer, count = NamePacker(), 0
   try:
-    names = _images_below(root, '')
+    for names in _images_below(directory, ''):
+      packer.extend(names)
+      count += len(names)
   except OSError as error:
     raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
-  if not names:
-    raise UserError(f'no images in {root}; looked for {" ".join(IMAGE_EXTENSIONS)}')
-  packer.extend(names)
-  return FileSplit(root, root, packer.finish(), np.full(len(names), -1, np.int32))
+  if not count:
+    raise UserError(f'no images in {directory}; looked for {" ".join(IMAGE_EXTENSIONS)}')
+  return FileSplit(directory, directory, packer.finish(), np.full(count, -1, np.int32))
 
 
 def _list_folder(root: str) -> Dataset:
@@ -66,7 +67,7 @@ def _list_split(path: str, class_names: Sequence[str], may_lack: bool) -> FileSp
   """Lists one split; unless `may_lack`, each class has an image."""
   packer, counts = NamePacker(), []
   for name in class_names:
-    found = _images_below(path, name)
+    found = sorted(itertools.chain.from_iterable(_images_below(path, name)))
     packer.extend(found)
     counts.append(len(found))
   empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
@@ -107,24 +108,20 @@ def _subfolders(path: str) -> list[str]:
     return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
 
 
-def _images_below(root: str, folder: str) -> list[str]:
-  """Returns the visible images in and below root/folder, from root on, sorted; follows links."""
+def _images_below(root: str, folder: str, above: tuple[str, ...] = ()) -> Iterator[list[str]]:
+  """Yields the visible images in and below root/folder, from root on, sorted; follows links.
 
-  def fail(error):
-    raise error
-
-  names, seen = [], set()
-  top = os.path.join(root, folder)
-  for where, folders, files in os.walk(top, followlinks=True, onerror=fail):
-    folders[:] = sorted(name for name in folders if not name.startswith('.'))
-    if os.path.realpath(where) in seen:  # a link that leads back up
-      folders.clear()
-      continue
-    seen.add(os.path.realpath(where))
-    below = folder + where[len(top) :]
-    names += [
-      os.path.join(below, name)
-      for name in files
-      if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
-    ]
-  return sorted(names)
+  Those of one folder come together, then those of the folders in it. `above` are the real paths of
+  the folders that it is in.
+  """
+  path = os.path.join(root, folder)
+  above += (os.path.realpath(path),)
+  if above[-1] in above[:-1]:  # a link that leads back up
+    return
+  with os.scandir(path) as entries:
+    visible = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+  files = [e.name for e in visible if not e.is_dir()]
+  yield [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
+  for entry in visible:
+    if entry.is_dir():
+      yield from _images_below(root, os.path.join(folder, entry.name), above)

@@ -31,7 +31,7 @@ _UPRIGHT = {
 }
 
 
-def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
+def decode(data: bytes | np.ndarray | OSError, name: str) -> Image.Image:
   """Decodes one image to 8-bit RGB, upright.
 
   Transparency is dropped, not blended, and CMYK is converted without colour profile, as
@@ -39,7 +39,8 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
   taken.
 
   Args:
-    data: an encoded image in one of `FORMATS`, or a uint8 array [h, w, 3], taken as it is.
+    data: an encoded image in one of `FORMATS`, or a uint8 array [h, w, 3], taken as it is; or why
+      it could not be read.
     name: where the image came from, for the error message.
 
   Returns:
@@ -49,6 +50,8 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     UserError: it cannot be decoded, is truncated, or is so large (Pillow's limit of 179 million
       pixels) that it is taken for a decompression bomb. The message names the image.
   """
+  if isinstance(data, OSError):
+    raise UserError(f'cannot read {name}: {data.strerror}')
   if isinstance(data, np.ndarray):
     return Image.fromarray(data)
   try:
@@ -64,7 +67,9 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     raise UserError(f'cannot decode {name}: {error or type(error).__name__}') from error
 
 
-def prepare(data: bytes | np.ndarray, name: str, size: int, crop_ratio: float) -> np.ndarray:
+def prepare(
+  data: bytes | np.ndarray | OSError, name: str, size: int, crop_ratio: float
+) -> np.ndarray:
   """Decodes an image and gives it the network's size, as the official evaluation does.
 
   Args:

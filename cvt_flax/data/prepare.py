@@ -201,6 +201,8 @@ def _write_shard(features, shard: _Shard) -> None:
 
 def _check_image(example: Example) -> None:
   """Raises UserError for what does not begin like an image that training decodes."""
+  if isinstance(example.image, OSError):
+    raise UserError(f'cannot read {example.name}: {example.image.strerror}')
   try:
     Image.open(io.BytesIO(example.image), formats=FORMATS).close()
   except Image.UnidentifiedImageError as error:

@@ -293,9 +293,9 @@ def _from_processes(pieces: grain.MapDataset, workers: int) -> Iterator[Batch]:
     first = next(made, None)
   except RuntimeError as error:
     raise UserError(
-      'a process that decodes images ended before its first ones: a script that trains needs '
+      'a process that decodes images ended before its first ones: a script needs '
       "`if __name__ == '__main__':` around what it does, or the memory is too little for "
-      f'stream.workers={workers}'
+      f'workers={workers}'
     ) from error
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)

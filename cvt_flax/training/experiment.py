@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -132,7 +133,8 @@ def _check_writable(folder):
 def only_one(folder: pathlib.Path):
   """Keeps a second process from training in the same folder, while the block lasts.
 
-  It cannot where nothing locks: in an object store, and on Windows.
+  It cannot where nothing locks: in an object store, on Windows, and where a file system over a
+  network is mounted without locks.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,9 @@ def only_one(folder: pathlib.Path):
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       raise UserError(f'another process is training in {folder}') from e
+    except OSError as e:
+      if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        raise
     yield
   finally:
     os.close(handle)

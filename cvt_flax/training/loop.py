@@ -5,9 +5,7 @@ import contextlib
 import dataclasses
 import gc
 import math
-import multiprocessing
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 
@@ -65,10 +63,7 @@ def run(
     Diverged: the loss stopped being finite; the last good checkpoint is kept.
     Interrupted: SIGTERM or Ctrl-C came; the state was saved.
   """
-  # A process that decodes images imports the script it belongs to, and one without a guard would
-  # train once more in there: the main process says what is missing.
-  if getattr(multiprocessing.current_process(), '_inheriting', False):
-    sys.exit(1)
+  processes.end_unguarded()
   config = freeze(get_config(config) if isinstance(config, str) else config)
   if mode not in ('train', 'eval'):
     raise UserError(f'mode={mode!r}: train or eval is needed')
@@ -137,7 +132,8 @@ def _train(config, folder, watch):
       print(f'{folder} is finished')
       for line in lines if watch else ():
         watch(line)
-      return _report(training, _with_validation(last, metrics))
+      # Another process than the first may not see that line yet.
+      return _report(training, _with_validation(last or {}, metrics))
     training.describe()
     if not start:
       state = training.from_weights(training.program.init())
@@ -323,7 +319,7 @@ def _finish(training, checkpoints, writer, signals):
 def _with_validation(values, metrics):
   """Returns final values with the validation metrics of the checkpoint that they are of."""
   for line in run_folder.read_metrics(metrics):
-    if line['step'] == values['checkpoint'] and 'val/top1' in line:
+    if line['step'] == values.get('checkpoint') and 'val/top1' in line:
       values = values | {name: value for name, value in line.items() if name.startswith('val/')}
   return values
 

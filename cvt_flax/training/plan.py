@@ -125,7 +125,7 @@ def plan(config: ConfigDict | str, topology: str = '') -> Plan:
   config = freeze(get_config(config) if isinstance(config, str) else config)
   place = topologies.find(topology)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, place.devices)
-  sharding.check_batch('batch_size', config.batch_size, mesh)
+  sharding.check_batch('batch_size', config.batch_size, mesh, sharding.FEWER)
   classes, images = _extent(config)
   model = build_model(config.model, 1 if config.loss == 'binary' else classes, config.image_size)
   size = config.image_size

@@ -27,10 +27,10 @@ from cvt_flax.models.cvt import CvT
 from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.predict import ready
-from cvt_flax.training import processes, sharding
-from cvt_flax.training.hardware import told_of_memory
+from cvt_flax.training import hardware, processes, sharding
 from cvt_flax.training.signals import Signals
 from cvt_flax.weights import files, pretrained, storage
+from cvt_flax.weights.description import run_json
 from cvt_flax.weights.preprocessing import Preprocessing
 
 _JOB, _PART = 'job.json', 'part-{:05d}-of-{:05d}.npz'
@@ -62,13 +62,14 @@ def predict_dataset(
 
     index: int64 [n], the place in the split.
     path: str [n], of the file; where images are files.
-    label: int32 [n]; where the source has labels.
+    label: int32 [n], in the numbers of `label_names` in job.json; where the source has labels.
     readable: bool [n]. Of an image that cannot be decoded classes are -1 and numbers NaN.
     classes: int32 [n, top], the most probable ones, the first one the most.
     probabilities: float32 [n, top], theirs, of the softmax over all classes.
     features: float32 [n, c], what the classifier reads; if asked for.
 
-  job.json beside them says what they are of, and names the classes.
+  job.json beside them says what they are of, and `class_names` there what classes stand for. What
+  is in image files is not looked at when a call goes on, nor whether they have changed.
 
   Args:
     weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
@@ -91,12 +92,15 @@ def predict_dataset(
     UserError: something is not usable, or the folder holds parts of another call.
     Interrupted: SIGTERM or Ctrl-C came; the parts that were written are kept.
   """
+  processes.end_unguarded()
   _check(top, image_size, dtype, batch_size, part_size, workers)
   processes.check_joined()
   mesh = sharding.make_mesh()
   sharding.check_batch('batch_size', batch_size, mesh)
-  folder = storage.path_of(folder)
-  images, labelled = _open(source, split, data_dir)
+  print(f'jax {jax.__version__} on {mesh.size} x {jax.devices()[0].device_kind}')
+  if warning := hardware.unused_accelerator():
+    print(warning)
+  images, label_names = _open(_absolute(str(source)), split, data_dir)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
   model, steps = ready(weights, image_size)
@@ -106,53 +110,52 @@ def predict_dataset(
   job = {
     'weights': weights.source,
     'variables': sha256(jax.tree.leaves(weights.variables)),
+    'model': run_json(dataclasses.replace(weights.description, model=model, preprocessing=steps)),
     'class_names': weights.description.class_names,
-    'preprocessing': dataclasses.asdict(steps),
     'dtype': jnp.dtype(model.dtype).name,
-    'source': os.path.abspath(source) if os.path.isdir(source) else source,
+    'source': _absolute(str(source)),
     'split': images.name,
     'images': len(images),
     'digest': images.digest(),
+    'label_names': label_names,
     'top': top,
     'features': features,
     'part_size': part_size,
   }
-  _check_job(folder, job)
-  processes.wait_for_all('job.json is read')
-  if processes.is_first():
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.write_whole(folder / _JOB, (json.dumps(job, indent=1) + '\n').encode())
+  folder = storage.path_of(folder)
+  _claim(folder, job)
 
   count = math.ceil(len(images) / part_size)
   parts = [folder / _PART.format(i, count) for i in range(count)]
-  missing = np.flatnonzero(processes.of_first([not path.exists() for path in parts]))
+  there = {path.name for path in folder.iterdir()} if processes.is_first() else ()
+  missing = np.flatnonzero(processes.of_first([path.name not in there for path in parts])).tolist()
   if len(missing) < count:
     print(f'{count - len(missing):,} of {count:,} parts are there')
-  if not missing.size:
+  if not missing:
     return parts
-  places = {
-    i: np.arange(i * part_size, min((i + 1) * part_size, len(images))) for i in missing.tolist()
-  }
-  left = Subset(images.name, images, np.concatenate([*places.values()]).astype(np.int32))
+  places = {i: range(i * part_size, min((i + 1) * part_size, len(images))) for i in missing}
+  rows = np.concatenate([np.array(each, np.int32) for each in places.values()])
+  left = Subset(images.name, images, rows)
   reading = stream.Reading(jax.process_index(), jax.process_count(), workers, skip_unreadable=True)
   read = stream.eval_batches(left, steps.image_size, steps.crop_ratio, batch_size, reading)
   compute = _jitted(model, steps, top, features, mesh)
   variables = sharding.place(weights.variables, sharding.replicated(mesh))
   with (
     Signals() as signals,
-    told_of_memory('--batch_size', batch_size, mesh.size),
+    hardware.told_of_memory('--batch_size', batch_size, mesh.size),
     contextlib.closing(sharding.prefetch(read, mesh)) as batches,
   ):
     results = _results(functools.partial(compute, variables), batches, signals)
     began, done = time.perf_counter(), 0
     for i, arrays in _regrouped(results, {i: len(index) for i, index in places.items()}):
-      if not labelled:
-        del arrays['label']
-      arrays['index'] = places[i]
-      if isinstance(images, FileSplit):
-        arrays['path'] = np.array([images.path(n) for n in places[i]])
-      _tell_unreadable(images, arrays)
+      for row in np.flatnonzero(~arrays['readable']):
+        print(f'{_name(images, places[i][row])} cannot be read')
       if i % jax.process_count() == jax.process_index():
+        arrays['index'] = np.array(places[i])
+        if isinstance(images, FileSplit):
+          arrays['path'] = np.array([images.path(n) for n in places[i]])
+        if label_names is None:
+          del arrays['label']
         data = io.BytesIO()
         np.savez(data, **arrays)
         storage.write_whole(parts[i], data.getvalue())
@@ -163,10 +166,16 @@ def predict_dataset(
   return parts
 
 
-def _tell_unreadable(images, arrays):
-  for row in np.flatnonzero(~arrays['readable']):
-    name = arrays['path'][row] if 'path' in arrays else f'{images.name} #{arrays["index"][row]}'
-    print(f'{name} cannot be read')
+def _absolute(source: str) -> str:
+  """Returns a source with the whole path of what is on this machine."""
+  kind, colon, where = source.rpartition(':')
+  if kind in ('', 'folder', 'csv', 'npz') and os.path.exists(path := os.path.expanduser(where)):
+    return f'{kind}{colon}{os.path.abspath(path)}'
+  return source
+
+
+def _name(images: Split, place: int) -> str:
+  return images.path(place) if isinstance(images, FileSplit) else f'{images.name} #{place}'
 
 
 def _check(top, image_size, dtype, batch_size, part_size, workers):
@@ -180,12 +189,15 @@ def _check(top, image_size, dtype, batch_size, part_size, workers):
     raise UserError(f'dtype={dtype!r}: float32 or bfloat16 is needed')
 
 
-def _open(source: str, split: str, data_dir: str) -> tuple[Split, bool]:
-  """Returns the images, and whether they have labels."""
-  if os.path.isdir(os.path.expanduser(source)):
-    if split:
-      raise UserError(f'split={split!r}: {source} is a folder without splits; folder:{source} has')
-    return list_images(source), False
+def _open(source: str, split: str, data_dir: str) -> tuple[Split, tuple[str, ...] | None]:
+  """Returns the images, and what their labels stand for; None where they have no labels."""
+  if os.path.isdir(source):
+    if split or data_dir:
+      raise UserError(
+        f'{source} is a folder, for which split={split!r} and data_dir={data_dir!r} have no '
+        f'effect; folder:{source} has splits'
+      )
+    return list_images(source), None
   if os.sep in source and ':' not in source:
     raise UserError(f'{source}: there is no such folder')
   dataset = sources.load(source, data_dir=data_dir, holdout=0)
@@ -193,24 +205,38 @@ def _open(source: str, split: str, data_dir: str) -> tuple[Split, bool]:
   if split not in there and (split or len(there) > 1):
     has = ', '.join(f'{name} ({len(part):,} images)' for name, part in there.items())
     raise UserError(f'split={split!r}: {source} has {has}')
-  return there[split or next(iter(there))], True
+  return there[split or next(iter(there))], dataset.class_names
 
 
-def _check_job(folder: pathlib.Path, job: dict) -> None:
-  """Raises a UserError where the folder holds something else than parts of this job."""
-  path = folder / _JOB
-  if not path.exists():
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise UserError(f'{folder} is there and holds no {_JOB}: give another folder')
-    return
-  saved, now = files.read_json(path), json.loads(json.dumps(job))
-  # 'variables' and 'digest' say what these two are, wherever they lie.
-  other = [name for name in now.keys() - {'weights', 'split'} if saved.get(name) != now[name]]
-  if other:
-    raise UserError(
-      f'{folder} holds parts of another call, with another {", ".join(sorted(other))}: give '
-      'another folder'
-    )
+def _claim(folder: pathlib.Path, job: dict) -> None:
+  """Makes the folder one of this job.
+
+  Every process looks at it, and makes it, before any of them waits for another.
+
+  Raises:
+    UserError: it holds something else, or cannot be written to.
+  """
+  path, job = folder / _JOB, json.loads(json.dumps(job))
+  if path.exists():
+    saved = files.read_json(path)
+    # 'variables' and 'digest' say what these two are, wherever they lie.
+    other = [name for name in job.keys() - {'weights', 'split'} if saved.get(name) != job[name]]
+    if other:
+      raise UserError(
+        f'{folder} holds parts of another call, with another {", ".join(sorted(other))}: give '
+        'another folder'
+      )
+  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f'{folder} is there and holds no {_JOB}: give another folder')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'{folder}: {e.strerror}') from e
+  if not storage.is_remote(folder) and not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f'{folder} is not writable')
+  processes.wait_for_all('every process has seen the folder')
+  if processes.is_first():
+    storage.write_whole(path, (json.dumps(job, indent=1) + '\n').encode())
 
 
 def _jitted(

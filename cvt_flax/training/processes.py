@@ -5,7 +5,9 @@ The run folder is one that all of them see.
 """
 
 import contextlib
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -55,6 +57,16 @@ def _words(error):
   return ' '.join(str(error).split())
 
 
+def end_unguarded() -> None:
+  """Ends a process that decodes images and has come here.
+
+  It imports the script that it belongs to, and one without a guard would do all it does once more
+  in there; the main process says what is missing.
+  """
+  if getattr(multiprocessing.current_process(), '_inheriting', False):
+    sys.exit(1)
+
+
 def check_joined() -> None:
   """Raises a UserError in a part of a pod that has not joined the rest."""
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
@@ -65,7 +77,7 @@ def check_joined() -> None:
 
 
 def is_first() -> bool:
-  """Whether this is process 0, which writes all files but checkpoints, and speaks."""
+  """Whether this is process 0, which speaks, and writes of a run folder all but checkpoints."""
   return jax.process_index() == 0
 
 

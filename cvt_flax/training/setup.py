@@ -94,7 +94,7 @@ class Setup:
     self.replicated = sharding.replicated(self.mesh)
     self.eval_batch_size = config.eval.batch_size or config.batch_size
     name = 'eval.batch_size' if config.eval.batch_size else 'batch_size'
-    sharding.check_batch(name, self.eval_batch_size, self.mesh)
+    sharding.check_batch(name, self.eval_batch_size, self.mesh, sharding.FEWER)
     print(f'jax {jax.__version__} on {self.mesh.size} x {jax.devices()[0].device_kind}')
     if warning := hardware.unused_accelerator():
       print(warning)
@@ -266,7 +266,7 @@ class TrainingSetup(Setup):
 
   def __init__(self, config: TrainConfig, folder: pathlib.Path):
     super().__init__(config, folder, evaluation=False)
-    sharding.check_batch('batch_size', config.batch_size, self.mesh)
+    sharding.check_batch('batch_size', config.batch_size, self.mesh, sharding.FEWER)
     self._check_validation()
     train = self.dataset.train
     if train is None:
@@ -389,9 +389,10 @@ class TrainingSetup(Setup):
       )
     plural = 's' * (self.steps_per_epoch > 1)
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g} epochs'
-    images = self.engine.count(self.train_data)
+    images, left = self.engine.count(self.train_data), ''
     rest = images - self.steps_per_epoch * c.batch_size
-    left = f'; an epoch leaves out {rest} images, which fill no batch' if rest > images / 20 else ''
+    if rest > images / 20 and c.augment.repeats == 1:
+      left = f'; an epoch leaves out {rest:,} images, which fill no batch'
     print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}{left}')
     split = self.mesh.shape['fsdp'] > 1
     if split:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cvt_flax.errors import UserError
 
 _AXES = ('data', 'fsdp')
+FEWER = '--config.mesh.data=N'  # the flag of a run for fewer devices
 _SMALL = 2**14
 
 
@@ -110,15 +111,22 @@ def place(tree: Any, sharding: Any) -> Any:
   return jax.tree.map(put, tree, shardings)
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
-  """Raises a UserError when the devices do not divide the batch of the config key `name`."""
+def check_batch(name: str, batch_size: int, mesh: Mesh, fewer: str = '') -> None:
+  """Raises a UserError when the devices do not divide a batch.
+
+  Args:
+    name: what the batch size is called.
+    batch_size: what it is.
+    mesh: the devices.
+    fewer: the flag for fewer devices.
+  """
   devices = mesh.size
   if batch_size % devices:
     lower = batch_size // devices * devices
     near = ' or '.join(str(n) for n in (lower, lower + devices) if n)
-    fewer = ', or fewer devices with --config.mesh.data=N' if jax.process_count() == 1 else ''
+    also = f', or fewer devices with {fewer}' if fewer and jax.process_count() == 1 else ''
     raise UserError(
-      f'{name}={batch_size} does not divide over {devices} devices: {near} would{fewer}'
+      f'{name}={batch_size} does not divide over {devices} devices: {near} would{also}'
     )
 
 

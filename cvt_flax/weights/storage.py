@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import platform
 
 from etils import epath
 
@@ -51,6 +52,10 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  temporary = path.with_suffix('.tmp')
-  temporary.write_bytes(data)
+  # A name of this process alone: another, on another machine, may be writing the same.
+  temporary = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}')
+  with temporary.open('wb') as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())  # or, after a power cut, the name may be there without the bytes
   os.replace(temporary, path)

@@ -137,7 +137,7 @@ def test_a_missing_image_is_found_when_it_is_read(tmp_path):
     write(tmp_path / 'x.csv', 'path,label', '1.png,a', '2.png,b'), holdout=0
   ).train
   with pytest.raises(UserError, match=f'cannot read {tmp_path}/2.png: No such file'):
-    train[1]
+    images.decode(train[1].image, train[1].name)
 
 
 @pytest.mark.parametrize(

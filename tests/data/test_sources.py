@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import sys
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_flax.data import array_source, dataset, images, sources
+from cvt_flax.data import array_source, dataset, folder_source, images, sources
 from cvt_flax.errors import UserError
 
 
@@ -460,13 +462,13 @@ def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
   for name in ('n01440764', 'n01443537'):
     (tmp_path / name).mkdir()
   files = {
-    f'{tmp_path}/n0144{c}': [f'n0144{c}_{i * 7919 % 30011}.JPEG' for i in range(5_000)]
-    for c in ('0764', '3537')
+    cls: [f'{cls}/{cls}_{i * 7919 % 30011}.JPEG' for i in range(5_000)]
+    for cls in ('n01440764', 'n01443537')
   }
-  monkeypatch.setattr(os, 'walk', lambda top, **_: [(top, [], files[top])])
+  monkeypatch.setattr(folder_source, '_images_below', lambda root, folder: [files[folder]])
   train = sources.load(f'folder:{tmp_path}', holdout=0).train
   assert len(pickle.dumps(train)) < 10 * len(train)
-  expected = [os.path.join(top, name) for top, found in files.items() for name in sorted(found)]
+  expected = [f'{tmp_path}/{name}' for found in files.values() for name in sorted(found)]
   assert [train.path(i) for i in range(10_000)] == expected
   assert train.labels.tolist() == [0] * 5_000 + [1] * 5_000
 
@@ -476,13 +478,24 @@ def test_unreadable_files_are_named(tmp_path):
   os.symlink(tmp_path / 'gone.png', tmp_path / 'b/2.png')
   train = sources.load(source, holdout=0).train
   with pytest.raises(UserError, match=f'cannot read {tmp_path}/b/2.png: No such file'):
-    train[2]
+    images.decode(train[2].image, train[2].name)
+
+
+def test_a_file_system_that_does_not_answer_leaves_no_image_out(tmp_path, monkeypatch):
+  train = sources.load(make_folder(tmp_path, 'a/1.png', 'b/1.png'), holdout=0).train
+
+  def read(path):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', read)
+  with pytest.raises(UserError, match=f'cannot read {tmp_path}/a/1.png: Input/output error'):
+    train[0]
 
 
 # --- Digests ------------------------------------------------------------------------------------
 
 
-def test_the_digest_of_arrays_is_of_labels_and_shape(tmp_path):
+def test_the_digest_of_arrays_is_of_all_that_they_hold(tmp_path):
 
   def digest(images, labels):
     source = npz(tmp_path / 'a.npz', x_train=images, y_train=labels)
@@ -492,7 +505,7 @@ def test_the_digest_of_arrays_is_of_labels_and_shape(tmp_path):
   first = digest(x, y)
   assert digest(x, y.astype(np.uint8)) == first and len(first) == 64
   others = {digest(x[:9], y[:9]), digest(x, 1 - y), digest(random_images(10, size=5), y)}
-  assert len(others | {first}) == 4
+  assert len(others | {first, digest(255 - x, y)}) == 5
 
 
 def test_the_digest_of_a_folder_is_of_names_and_labels(tmp_path):

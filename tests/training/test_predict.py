@@ -34,7 +34,7 @@ def weights():
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-  """24 pictures, one of them broken, in folders; the 25th is hidden."""
+  """24 pictures, of which one is broken and one is gone, in folders; the 25th is hidden."""
   root = tmp_path_factory.mktemp('photos')
   rng = np.random.default_rng(0)
   for i in range(25):
@@ -43,6 +43,8 @@ def photos(tmp_path_factory):
     pixels = rng.integers(0, 256, (*rng.integers(30, 50, 2), 3), np.uint8)
     Image.fromarray(pixels).save(path)
   (root / 'a/7.png').write_bytes(b'no picture')
+  (root / 'a/b/8.png').unlink()
+  (root / 'a/b/8.png').symlink_to('nowhere')
   return root
 
 
@@ -62,15 +64,17 @@ def test_every_image_is_in_a_part(written, weights, photos):
   assert [path.name for path in written] == [f'part-0000{i}-of-00003.npz' for i in range(3)]
   arrays = read(written)
   np.testing.assert_array_equal(arrays['index'], np.arange(24))
-  expected = sorted(str(p) for p in photos.rglob('*.png') if not p.name.startswith('.'))
+  expected = [
+    str(p) for folder in ('', 'a', 'a/b') for p in sorted((photos / folder).glob('[0-9]*.png'))
+  ]
   assert arrays['path'].tolist() == expected
   assert 'label' not in arrays  # a folder without classes
-  broken = expected.index(f'{photos}/a/7.png')
-  assert np.flatnonzero(~arrays['readable']).tolist() == [broken]
+  broken = [expected.index(f'{photos}/{name}') for name in ('a/7.png', 'a/b/8.png')]
+  assert np.flatnonzero(~arrays['readable']).tolist() == broken
   assert (arrays['classes'][broken] == -1).all()
   assert np.isnan(arrays['probabilities'][broken]).all()
   assert np.isnan(arrays['features'][broken]).all()
-  there = [i for i in range(24) if i != broken]
+  there = [i for i in range(24) if i not in broken]
   alone = list(predict_images(weights, [expected[i] for i in there]))
   assert arrays['classes'][there].tolist() == [list(p.classes) for p in alone]
   shares = [p.probabilities for p in alone]
@@ -101,7 +105,8 @@ def test_features_cost_nothing(weights):
 def test_job_json_says_what_the_parts_are_of(written):
   job = json.loads((written[0].parent / 'job.json').read_text())
   assert job['class_names'] == list(NAMES) and job['dtype'] == 'float32'
-  assert job['images'] == 24 and job['preprocessing']['image_size'] == 32
+  assert job['images'] == 24 and job['label_names'] is None
+  assert job['model']['preprocessor']['size'] == {'shortest_edge': 32}
 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -144,7 +149,9 @@ def test_a_split_with_labels(weights, tmp_path, capsys):
   (part,) = parts
   arrays = dict(np.load(part))
   assert arrays.keys() == {'index', 'label', 'readable', 'classes', 'probabilities'}
-  np.testing.assert_array_equal(arrays['label'], sources.load('digits').test.labels)
+  digits = sources.load('digits')
+  np.testing.assert_array_equal(arrays['label'], digits.test.labels)
+  assert json.loads((tmp_path / 'job.json').read_text())['label_names'] == [*digits.class_names]
   assert arrays['classes'].shape == (360, 5) and arrays['readable'].all()
   assert json.loads((tmp_path / 'job.json').read_text())['dtype'] == 'bfloat16'
   assert re.search(r'part 1 of 1  [\d,]+ images/s', capsys.readouterr().out)
@@ -167,13 +174,14 @@ def test_a_split_with_several_labels_an_image(weights, tmp_path, monkeypatch):
   [
     (dict(top=0), 'top=0: at least 1'),
     (dict(batch_size=0), 'batch_size=0: at least 1'),
-    (dict(batch_size=12), 'batch_size=12 does not divide over 8 devices: 8 or 16 would'),
+    (dict(batch_size=12), 'batch_size=12 does not divide over 8 devices: 8 or 16 would$'),
     (dict(part_size=-1), 'part_size=-1: at least 1'),
     (dict(workers=-1), 'workers=-1: at least 0'),
     (dict(image_size=-1), 'image_size=-1: at least 0'),
     (dict(image_size=2), 'images of 2x2 are too small'),
     (dict(dtype='float16'), "dtype='float16': float32 or bfloat16"),
-    (dict(split='test'), "split='test': .* without splits"),
+    (dict(split='test'), "a folder, for which split='test' .* no effect; folder:.* has splits"),
+    (dict(data_dir='data'), "data_dir='data' have no effect"),
     (dict(source='digit'), "unknown source 'digit'.*did you mean 'digits'"),
     (dict(source='no/photos'), 'no/photos: there is no such folder'),
     (dict(source='digits', split='val'), "split='val': digits has train"),
@@ -194,7 +202,17 @@ def test_a_folder_without_images(weights, tmp_path):
 def test_a_folder_of_something_else(weights, photos, written, tmp_path):
   with pytest.raises(UserError, match='parts of another call, with another features, top: give'):
     predict_dataset(weights, str(photos), written[0].parent, top=2, **SIZES)
+  other = pretrained.Weights(
+    dataclasses.replace(weights.description, model=GELU_MODEL.clone(activation='quick_gelu')),
+    weights.variables,
+    pretrained.FLAX,
+    'drawn',
+  )
+  with pytest.raises(UserError, match='parts of another call, with another model: give'):
+    predict_dataset(other, str(photos), written[0].parent, features=True, **SIZES)
   (tmp_path / 'notes.txt').touch()
+  with pytest.raises(UserError, match='notes.txt/parts: Not a directory'):
+    predict_dataset(weights, str(photos), tmp_path / 'notes.txt' / 'parts', **SIZES)
   with pytest.raises(UserError, match='is there and holds no job.json'):
     predict_dataset(weights, str(photos), tmp_path, **SIZES)
 

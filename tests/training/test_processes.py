@@ -59,9 +59,9 @@ def start(env, count, devices, *arguments, program=(ROOT / 'train.py',)):
   return started
 
 
-def finish(started):
+def finish(started, seconds=600):
   """Waits for processes; returns the exit code, output and errors of each."""
-  ends = [process.communicate(timeout=600) for process in started]
+  ends = [process.communicate(timeout=seconds) for process in started]
   return [(process.returncode, *end) for process, end in zip(started, ends, strict=True)]
 
 
@@ -258,6 +258,30 @@ def test_two_processes_write_the_parts_that_one_did_not(quick_env, jpegs, tmp_pa
         np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5)
       else:
         np.testing.assert_array_equal(array, expected[name])
+
+
+# Of two processes the first waits for the second, which fails.
+FAILING = """
+import sys
+from cvt_flax import command_line
+from cvt_flax.training import processes
+
+def main():
+  processes.join(sys.argv[1].removeprefix('--distributed='))
+  if not processes.is_first():
+    raise KeyError('k')
+  processes.wait_for_all('ever')
+
+command_line.run(main)
+"""
+
+
+def test_none_waits_for_one_that_failed(clean_env, tmp_path):
+  (tmp_path / 'failing.py').write_text(FAILING)
+  started = start(clean_env, 2, 1, program=(tmp_path / 'failing.py',))
+  first, second = finish(started, seconds=200)  # as Python ends JAX would wait for 300
+  assert second[0] == 1 and second[2].endswith("KeyError: 'k'\n")
+  assert first[0] != 0
 
 
 def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 from cvt_flax.errors import UserError
 from cvt_flax.training.sharding import (
+  FEWER,
   check_batch,
   make_mesh,
   place,
@@ -114,7 +115,7 @@ def test_a_batch_that_the_devices_divide_passes():
 )
 def test_a_batch_that_they_do_not_divide_is_the_users_error(batch_size, devices, near):
   with pytest.raises(UserError) as error:
-    check_batch('eval.batch_size', batch_size, make_mesh(devices))
+    check_batch('eval.batch_size', batch_size, make_mesh(devices), FEWER)
   assert str(error.value) == (
     f'eval.batch_size={batch_size} does not divide over {devices} devices: {near} would, '
     'or fewer devices with --config.mesh.data=N'
