@@ -87,7 +87,7 @@ def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Ite
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     smaller = batch_size // 2 // unit * unit
-    words = f'try {flag}={smaller}' if smaller else f'a smaller one is no multiple of {unit}'
+    words = f'try {flag}={smaller}' if smaller else f'a smaller one has to be a multiple of {unit}'
     if not smaller and flag.startswith('--config.'):
       words += ': change mesh.data, model.bn_group_size or optimizer.accumulate_steps with it'
     given = f'{flag.removeprefix("--").removeprefix("config.")}={batch_size}'
