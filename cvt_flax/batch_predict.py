@@ -27,14 +27,14 @@ def main(arguments: list[str] | None = None) -> None:
   add = parser.add_argument
   add('--weights', required=True, metavar='W')
   add('source', metavar='SOURCE')
-  add('folder', metavar='FOLDER', help='where parts are written, here or gs://BUCKET/FOLDER')
+  add('folder', metavar='FOLDER', help='where shards are written, here or gs://BUCKET/FOLDER')
   add('--split', default='', help='train, validation or test, where SOURCE has several')
   add('--top', type=int, default=5, help='classes of each image, 5')
   add('--features', action='store_true', help='write what the classifier reads, too')
   add('--image_size', type=int, default=0, help="in place of the weights' own")
   add('--dtype', default='', help="bfloat16 or float32, in place of the model's own")
   add('--batch_size', type=int, default=64, help='images computed at once, on all devices, 64')
-  add('--part_size', type=int, default=16_384, help='images of a part, 16384')
+  add('--shard_size', type=int, default=16_384, help='images of a shard, 16384')
   add('--workers', type=int, default=0, help='processes that decode, by default a choice')
   add('--data_dir', default='', metavar='DIR', help='where TFDS keeps its data sets')
   add('--distributed', default='', help='one of several processes: auto, or HOST:PORT,I,N')
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
   if processes.is_first():
     for note in weights.notes:
       print(f'note: {note}')
-  parts = predict_dataset(weights, **options)
+  shards = predict_dataset(weights, **options)
   if processes.is_first():
-    print(f'{options["folder"]}: {len(parts):,} part{"s" * (len(parts) > 1)} in all')
+    print(f'{options["folder"]}: {len(shards):,} shard{"s" * (len(shards) > 1)} in all')
 
 
 if __name__ == '__main__':

@@ -15,13 +15,8 @@ from cvt_flax import command_line
 from cvt_flax.errors import UserError
 
 if typing.TYPE_CHECKING:
-  from cvt_flax.models.compact import CompactViT
-  from cvt_flax.models.cvt import CvT
-  from cvt_flax.weights.preprocessing import Preprocessing
   from cvt_flax.weights.pretrained import Weights
 
-# What is taken of a folder; an image that is named may be called as it likes.
-_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm')
 _BAR = 20  # characters
 
 
@@ -81,7 +76,7 @@ def predict_images(
   paths = _check(images, top, image_size, batch_size)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = ready(weights, image_size)
+  model, steps = pretrained.classifier(weights, image_size)
   names = weights.description.class_names
   top = min(top, num_classes(model.num_classes))
 
@@ -113,35 +108,6 @@ def predict_images(
       )
 
 
-def ready(weights: Weights, image_size: int) -> tuple[CvT | CompactViT, Preprocessing]:
-  """Returns the model and the preprocessing that classify images.
-
-  Args:
-    weights: that are read.
-    image_size: in place of their own; 0 keeps it.
-
-  Raises:
-    UserError: the model has no classifier, or is not for such images.
-  """
-  from cvt_flax.models.geometry import stage_geometry
-
-  model, steps = weights.model, weights.description.preprocessing
-  if not model.num_classes:
-    raise UserError(f'{weights.source} has no classifier')
-  if model.in_channels != 3:
-    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
-  if image_size:
-    steps = dataclasses.replace(steps, image_size=image_size)
-  size = steps.image_size
-  try:
-    stages = stage_geometry(model, size, size)
-  except ValueError as e:
-    raise UserError(str(e)) from e
-  if min(min(stage.height, stage.width) for stage in stages) < 1:
-    raise UserError(f'images of {size}x{size} are too small for this model')
-  return model, steps
-
-
 def _check(images, top, image_size, batch_size):
   """Returns the paths of all images; raises a UserError for what is wrong without the weights."""
   if top < 1 or batch_size < 1 or image_size < 0:
@@ -160,11 +126,16 @@ def _check(images, top, image_size, batch_size):
 
 
 def _expand(image):
-  """Returns the files that a file, a folder or a pattern stands for."""
+  """Returns the files that a file, a folder or a pattern stands for.
+
+  Of a folder its images are taken; one that is named may be called as it likes.
+  """
+  from cvt_flax.data.folder_source import IMAGE_EXTENSIONS
+
   path = pathlib.Path(image)
   if path.is_dir():
-    inside = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
-    found = [p for p in inside if not p.name.startswith('.')]
+    inside = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+    found = sorted(p for p in inside if not p.name.startswith('.'))
   elif path.exists():
     found = [path] if path.is_file() else []
   else:

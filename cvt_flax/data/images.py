@@ -50,8 +50,7 @@ def decode(data: bytes | np.ndarray | OSError, name: str) -> Image.Image:
     UserError: it cannot be decoded, is truncated, or is so large (Pillow's limit of 179 million
       pixels) that it is taken for a decompression bomb. The message names the image.
   """
-  if isinstance(data, OSError):
-    raise UserError(f'cannot read {name}: {data.strerror}')
+  check_read(data, name)
   if isinstance(data, np.ndarray):
     return Image.fromarray(data)
   try:
@@ -65,6 +64,12 @@ def decode(data: bytes | np.ndarray | OSError, name: str) -> Image.Image:
     raise UserError(f'{name} is refused as a decompression bomb: {error}') from error
   except Exception as error:  # Pillow's plugins raise whatever the damage leads to
     raise UserError(f'cannot decode {name}: {error or type(error).__name__}') from error
+
+
+def check_read(data: bytes | np.ndarray | OSError, name: str) -> None:
+  """Raises a UserError for an image that could not be read; the arguments are `decode`'s."""
+  if isinstance(data, OSError):
+    raise UserError(f'cannot read {name}: {data.strerror}')
 
 
 def prepare(

@@ -30,7 +30,7 @@ from PIL import Image
 from cvt_flax.data import sources
 from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example
 from cvt_flax.data.files import FileSplit, NamePacker
-from cvt_flax.data.images import FORMATS
+from cvt_flax.data.images import FORMATS, check_read
 from cvt_flax.data.tfds_source import labels_file, tfds_root
 from cvt_flax.errors import UserError
 
@@ -201,8 +201,7 @@ def _write_shard(features, shard: _Shard) -> None:
 
 def _check_image(example: Example) -> None:
   """Raises UserError for what does not begin like an image that training decodes."""
-  if isinstance(example.image, OSError):
-    raise UserError(f'cannot read {example.name}: {example.image.strerror}')
+  check_read(example.image, example.name)
   try:
     Image.open(io.BytesIO(example.image), formats=FORMATS).close()
   except Image.UnidentifiedImageError as error:

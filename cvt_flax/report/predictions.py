@@ -9,8 +9,8 @@ import zipfile
 
 import numpy as np
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError
-from cvt_flax.weights import storage
 
 # dtypes of the arrays, which are all [n].
 _ARRAYS = {

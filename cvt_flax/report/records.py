@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError
 from cvt_flax.report import predictions
 from cvt_flax.report.predictions import Predictions
-from cvt_flax.weights import run_folder, storage
+from cvt_flax.weights import run_folder
 
 # The runs of one config over several seeds lie in one folder, each in one of this name.
 SEED_FOLDER = 'seed-{}'

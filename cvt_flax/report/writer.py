@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
+from cvt_flax import storage
 from cvt_flax.report import comparison, markup, records, single
-from cvt_flax.weights import storage
 
 
 def write_report(

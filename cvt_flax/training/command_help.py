@@ -39,7 +39,7 @@ _FLAGS = {
   '--topology=v5e:16x16': 'TPUs (v4, v5e, v5p, v6e) or cpu:8, that need not be there; by default '
   'those attached',
   '--distributed=auto|HOST:PORT,I,N': 'one of several processes: auto where jax finds the '
-  'others (Cloud TPU, Slurm, Open MPI, Kubernetes), or number I of N, at the address of number 0',
+  'others (Cloud TPU, TPUs of GKE, Slurm, Open MPI), or number I of N, at the address of number 0',
   '--list-configs': 'the experiments that come along, and their variants',
 }
 _EXIT_CODES = {

@@ -11,11 +11,12 @@ import pathlib
 
 import numpy as np
 
+from cvt_flax import storage
 from cvt_flax.data.dataset import Dataset
 from cvt_flax.errors import UserError
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
-from cvt_flax.weights import run_folder, storage
+from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description, run_json
 
 # What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, which
@@ -136,10 +137,7 @@ def only_one(folder: pathlib.Path):
   It cannot where nothing locks: in an object store, on Windows, and where a file system over a
   network is mounted without locks.
   """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f'--workdir={folder}: {e.strerror}') from e
+  storage.make_folder(folder, f'--workdir={folder}')
   try:
     import fcntl
   except ImportError:  # Windows

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
 from cvt_flax.errors import UserError
 
@@ -94,6 +95,13 @@ def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Ite
     raise UserError(
       f'{given} is too large for the memory of a device: {words}{also}, or smaller images'
     ) from e
+
+
+def announce(mesh: Mesh) -> None:
+  """Prints what is computed on, and what is there and left unused."""
+  print(f'jax {jax.__version__} on {mesh.size} x {jax.devices()[0].device_kind}')
+  if warning := unused_accelerator():
+    print(warning)
 
 
 def unused_accelerator() -> str:

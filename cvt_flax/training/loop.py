@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import ml_collections
 
+from cvt_flax import storage
 from cvt_flax.errors import Diverged, UserError
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.records import SEED_FOLDER
@@ -26,7 +27,7 @@ from cvt_flax.training.sharding import place
 from cvt_flax.training.shipped import get_config
 from cvt_flax.training.signals import Signals
 from cvt_flax.training.step import TrainMetrics
-from cvt_flax.weights import run_folder, storage
+from cvt_flax.weights import run_folder
 
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a loss
 # that is not finite stops the run at once.
@@ -254,8 +255,9 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
 
   # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
   lines = run_folder.read_metrics(training.folder / run_folder.METRICS)
-  evaluated = any(line['step'] == start and 'val/top1' in line for line in lines)
-  evaluated = processes.of_first(evaluated)
+  evaluated = processes.of_first(
+    any(line['step'] == start and 'val/top1' in line for line in lines)
+  )
   if start and training.eval_is_due(start) and not evaluated and not validate(start):
     raise interrupted(start)
 

@@ -8,8 +8,8 @@ import math
 import pathlib
 from collections.abc import Callable
 
+from cvt_flax import storage
 from cvt_flax.training.processes import is_first
-from cvt_flax.weights import storage
 from cvt_flax.weights.run_folder import METRICS, read_metrics
 
 

@@ -1,4 +1,4 @@
-"""predict_dataset(weights, source, folder): a model's answers to millions of images, in parts."""
+"""predict_dataset(weights, source, folder): a model's answers to millions of images, in shards."""
 
 import collections
 import contextlib
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cvt_flax import storage
 from cvt_flax.data import sources, stream
 from cvt_flax.data.dataset import SPLIT_NAMES, Split, Subset, sha256
 from cvt_flax.data.files import FileSplit
@@ -26,14 +27,13 @@ from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
-from cvt_flax.predict import ready
 from cvt_flax.training import hardware, processes, sharding
 from cvt_flax.training.signals import Signals
-from cvt_flax.weights import files, pretrained, storage
+from cvt_flax.weights import files, pretrained
 from cvt_flax.weights.description import run_json
 from cvt_flax.weights.preprocessing import Preprocessing
 
-_JOB, _PART = 'job.json', 'part-{:05d}-of-{:05d}.npz'
+_JOB, _SHARD = 'job.json', 'shard-{:05d}-of-{:05d}.npz'
 _DTYPES = ('', 'float32', 'bfloat16')
 _AHEAD = 2  # batches that devices are given before the results of an earlier one are asked for
 
@@ -50,14 +50,14 @@ def predict_dataset(
   image_size: int = 0,
   dtype: str = '',
   batch_size: int = 64,
-  part_size: int = 16_384,
+  shard_size: int = 16_384,
   workers: int = 0,
   data_dir: str = '',
 ) -> list[pathlib.Path]:
-  """Classifies every image of a source, on all devices of all processes, and writes it in parts.
+  """Classifies every image of a source, on all devices of all processes, and writes it in shards.
 
-  A part is there when it is whole. A call that was stopped goes on with the parts that are missing,
-  on as many devices and processes as there are then. A part is an .npz file of n = `part_size`
+  A shard is there when it is whole. A call that was stopped goes on with those that are missing, on
+  as many devices and processes as there are then. A shard is an .npz file of n = `shard_size`
   images, in the order of the source; the last one of what is left:
 
     index: int64 [n], the place in the split.
@@ -74,66 +74,65 @@ def predict_dataset(
   Args:
     weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
     source: a folder, for the images in and below it, or what a config takes, 'tfds:NAME' and so on.
-    folder: where parts are written, here or in 'gs://BUCKET/FOLDER'.
+    folder: where shards are written, here or in 'gs://BUCKET/FOLDER'.
     split: 'train', 'validation' or 'test'; '' where the source has just one.
     top: how many classes of each image; all where there are fewer.
     features: whether features are written.
     image_size: height and width in place of the weights' own; 0 keeps theirs.
     dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.
     batch_size: images that are computed at once, on all devices together.
-    part_size: images of a part.
+    shard_size: images of a shard.
     workers: processes that decode, on each host; 0 is a choice by its cores.
     data_dir: where TFDS keeps its data sets; '' as in a config.
 
   Returns:
-    The paths of all parts, in order.
+    The paths of all shards, in order.
 
   Raises:
-    UserError: something is not usable, or the folder holds parts of another call.
-    Interrupted: SIGTERM or Ctrl-C came; the parts that were written are kept.
+    UserError: something is not usable, or the folder holds shards of another call.
+    Interrupted: SIGTERM or Ctrl-C came; the shards that were written are kept.
   """
   processes.end_unguarded()
-  _check(top, image_size, dtype, batch_size, part_size, workers)
+  _check(top, image_size, dtype, batch_size, shard_size, workers)
   processes.check_joined()
   mesh = sharding.make_mesh()
   sharding.check_batch('batch_size', batch_size, mesh)
-  print(f'jax {jax.__version__} on {mesh.size} x {jax.devices()[0].device_kind}')
-  if warning := hardware.unused_accelerator():
-    print(warning)
-  images, label_names = _open(_absolute(str(source)), split, data_dir)
+  hardware.announce(mesh)
+  source = _absolute(str(source))
+  images, label_names = _open(source, split, data_dir)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = ready(weights, image_size)
+  model, steps = pretrained.classifier(weights, image_size)
   if dtype:
     model = model.clone(dtype=jnp.dtype(dtype))
   top = min(top, num_classes(model.num_classes))
+  folder = storage.path_of(folder)
   job = {
     'weights': weights.source,
     'variables': sha256(jax.tree.leaves(weights.variables)),
     'model': run_json(dataclasses.replace(weights.description, model=model, preprocessing=steps)),
     'class_names': weights.description.class_names,
     'dtype': jnp.dtype(model.dtype).name,
-    'source': _absolute(str(source)),
+    'source': source,
     'split': images.name,
     'images': len(images),
     'digest': images.digest(),
     'label_names': label_names,
     'top': top,
     'features': features,
-    'part_size': part_size,
+    'shard_size': shard_size,
   }
-  folder = storage.path_of(folder)
   _claim(folder, job)
 
-  count = math.ceil(len(images) / part_size)
-  parts = [folder / _PART.format(i, count) for i in range(count)]
+  count = math.ceil(len(images) / shard_size)
+  shards = [folder / _SHARD.format(i, count) for i in range(count)]
   there = {path.name for path in folder.iterdir()} if processes.is_first() else ()
-  missing = np.flatnonzero(processes.of_first([path.name not in there for path in parts])).tolist()
+  missing = np.flatnonzero(processes.of_first([path.name not in there for path in shards])).tolist()
   if len(missing) < count:
-    print(f'{count - len(missing):,} of {count:,} parts are there')
+    print(f'{count - len(missing):,} of {count:,} shards are there')
   if not missing:
-    return parts
-  places = {i: range(i * part_size, min((i + 1) * part_size, len(images))) for i in missing}
+    return shards
+  places = {i: range(i * shard_size, min((i + 1) * shard_size, len(images))) for i in missing}
   rows = np.concatenate([np.array(each, np.int32) for each in places.values()])
   left = Subset(images.name, images, rows)
   reading = stream.Reading(jax.process_index(), jax.process_count(), workers, skip_unreadable=True)
@@ -147,23 +146,27 @@ def predict_dataset(
   ):
     results = _results(functools.partial(compute, variables), batches, signals)
     began, done = time.perf_counter(), 0
-    for i, arrays in _regrouped(results, {i: len(index) for i, index in places.items()}):
+    for i, arrays in _regrouped(results, {i: len(each) for i, each in places.items()}):
       for row in np.flatnonzero(~arrays['readable']):
         print(f'{_name(images, places[i][row])} cannot be read')
       if i % jax.process_count() == jax.process_index():
-        arrays['index'] = np.array(places[i])
-        if isinstance(images, FileSplit):
-          arrays['path'] = np.array([images.path(n) for n in places[i]])
         if label_names is None:
           del arrays['label']
-        data = io.BytesIO()
-        np.savez(data, **arrays)
-        storage.write_whole(parts[i], data.getvalue())
+        _write(shards[i], images, places[i], arrays)
       done += len(places[i])
       rate = done / (time.perf_counter() - began)
-      print(f'part {i + 1:,} of {count:,}  {rate:,.0f} images/s', flush=True)
-  processes.wait_for_all('all parts are written')
-  return parts
+      print(f'shard {i + 1:,} of {count:,}  {rate:,.0f} images/s', flush=True)
+  processes.wait_for_all('all shards are written')
+  return shards
+
+
+def _write(shard: pathlib.Path, images: Split, places: range, arrays: dict) -> None:
+  arrays['index'] = np.array(places)
+  if isinstance(images, FileSplit):
+    arrays['path'] = np.array([images.path(place) for place in places])
+  data = io.BytesIO()
+  np.savez(data, **arrays)
+  storage.write_whole(shard, data.getvalue())
 
 
 def _absolute(source: str) -> str:
@@ -178,8 +181,8 @@ def _name(images: Split, place: int) -> str:
   return images.path(place) if isinstance(images, FileSplit) else f'{images.name} #{place}'
 
 
-def _check(top, image_size, dtype, batch_size, part_size, workers):
-  given = {'top': top, 'batch_size': batch_size, 'part_size': part_size}
+def _check(top, image_size, dtype, batch_size, shard_size, workers):
+  given = {'top': top, 'batch_size': batch_size, 'shard_size': shard_size}
   given |= {'image_size': image_size, 'workers': workers}
   for name, value in given.items():
     least = 0 if name in ('image_size', 'workers') else 1
@@ -214,7 +217,7 @@ def _claim(folder: pathlib.Path, job: dict) -> None:
   Every process looks at it, and makes it, before any of them waits for another.
 
   Raises:
-    UserError: it holds something else, or cannot be written to.
+    UserError: it holds something else, or cannot be made.
   """
   path, job = folder / _JOB, json.loads(json.dumps(job))
   if path.exists():
@@ -223,17 +226,12 @@ def _claim(folder: pathlib.Path, job: dict) -> None:
     other = [name for name in job.keys() - {'weights', 'split'} if saved.get(name) != job[name]]
     if other:
       raise UserError(
-        f'{folder} holds parts of another call, with another {", ".join(sorted(other))}: give '
+        f'{folder} holds shards of another call, with another {", ".join(sorted(other))}: give '
         'another folder'
       )
   elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f'{folder} is there and holds no {_JOB}: give another folder')
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f'{folder}: {e.strerror}') from e
-  if not storage.is_remote(folder) and not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(f'{folder} is not writable')
+  storage.make_folder(folder)
   processes.wait_for_all('every process has seen the folder')
   if processes.is_first():
     storage.write_whole(path, (json.dumps(job, indent=1) + '\n').encode())
@@ -242,7 +240,7 @@ def _claim(folder: pathlib.Path, job: dict) -> None:
 def _jitted(
   model: CvT | CompactViT, steps: Preprocessing, top: int, features: bool, mesh: Mesh
 ) -> Callable[[dict, dict], dict]:
-  """Returns the jitted (variables, batch) -> arrays of a part, for the images of the batch."""
+  """Returns the jitted (variables, batch) -> arrays of a shard, for the images of the batch."""
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def compute(variables, batch):
@@ -277,7 +275,7 @@ def _results(
   for batch in batches:
     ahead.append(compute(batch))
     if signals.received():
-      raise signals.interruption('the same command goes on with the parts that are missing')
+      raise signals.interruption('the same command goes on with the shards that are missing')
     if len(ahead) > _AHEAD:
       yield jax.device_get(ahead.popleft())
   yield from map(jax.device_get, ahead)

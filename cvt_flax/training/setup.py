@@ -95,9 +95,7 @@ class Setup:
     self.eval_batch_size = config.eval.batch_size or config.batch_size
     name = 'eval.batch_size' if config.eval.batch_size else 'batch_size'
     sharding.check_batch(name, self.eval_batch_size, self.mesh, sharding.FEWER)
-    print(f'jax {jax.__version__} on {self.mesh.size} x {jax.devices()[0].device_kind}')
-    if warning := hardware.unused_accelerator():
-      print(warning)
+    hardware.announce(self.mesh)
 
     self.saved = None if weights else experiment.read(folder)
     if not weights:

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
+from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.weights import (
   architecture,
   compact,
@@ -24,7 +26,6 @@ from cvt_flax.weights import (
   layouts,
   preprocessing,
   run_folder,
-  storage,
 )
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
@@ -144,6 +145,33 @@ def load(
       notes.append('no image size in the name of the file: 224x224 is taken')
   found = architecture.with_activation(found, activation)
   return _read(file, layout, Description(found, names, steps), layout.name, source, notes, progress)
+
+
+def classifier(weights: Weights, image_size: int = 0) -> tuple[CvT | CompactViT, Preprocessing]:
+  """Returns the model that classifies colour images, and what they go through before it.
+
+  Args:
+    weights: as `load` returns them.
+    image_size: height and width, in pixels, in place of the weights' own; 0 keeps theirs.
+
+  Raises:
+    UserError: the model has no classifier, or is not for such images.
+  """
+  model, steps = weights.model, weights.description.preprocessing
+  if not model.num_classes:
+    raise UserError(f'{weights.source} has no classifier')
+  if model.in_channels != 3:
+    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
+  if image_size:
+    steps = dataclasses.replace(steps, image_size=image_size)
+  size = steps.image_size
+  try:
+    stages = stage_geometry(model, size, size)
+  except ValueError as e:
+    raise UserError(str(e)) from e
+  if min(min(stage.height, stage.width) for stage in stages) < 1:
+    raise UserError(f'images of {size}x{size} are too small for this model')
+  return model, steps
 
 
 def list_pretrained() -> list[str]:

@@ -10,10 +10,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import layouts, storage
+from cvt_flax.weights import layouts
 
 # The folder of the checkpoints, and what each of them holds: {'params', 'batch_stats'} of the
 # model, and their averages where the run keeps them.

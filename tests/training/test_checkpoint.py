@@ -180,7 +180,10 @@ def test_a_state_may_be_donated_once_save_returns(open_checkpoints):
   checkpoints = open_checkpoints()
   checkpoints.save(7, state, None)
   overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
-  overwrite(state)  # but for those that are still being written, of which jax makes copies
+  overwrite(state)  # what is still being written jax copies
+  free = state_of(7)
+  overwrite(free)
+  assert free.params['head']['kernel'].is_deleted()
   checkpoints.wait()
   assert_same_bits(checkpoints.restore(7, abstract_of(expected)), expected)
 

@@ -12,7 +12,8 @@ from cvt_flax.training import hardware
 from cvt_flax.training.config import freeze
 from cvt_flax.training.setup import TrainingSetup
 
-# Prints how many pages the system cleared for ten calls that need several buffers of 16 MB each.
+# Prints how many pages the system cleared for ten calls that need several buffers of 16 MB each. It
+# is the least of five rounds: beside other work a buffer is not always free in time.
 FAULTS = """
 import resource
 import jax, jax.numpy as jnp
@@ -24,10 +25,13 @@ f = jax.jit(f, donate_argnums=0)
 x = jnp.zeros(2**22)
 for _ in range(20):
   y, x = jax.block_until_ready(f(x))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-  y, x = jax.block_until_ready(f(x))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+rounds = []
+for _ in range(5):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(10):
+    y, x = jax.block_until_ready(f(x))
+  rounds.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(rounds))
 """
 
 
@@ -35,7 +39,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_kept(clean_env):
   """Without keep_freed_memory they were 81,938."""
   faults = int(subprocess.check_output([sys.executable, '-c', FAULTS], env=clean_env))
-  assert faults < 5 * 4096  # beside other work a buffer or two are not free in time: 8192
+  assert faults < 4096  # of one buffer
 
 
 def test_what_an_image_takes_of_the_devices(config, tmp_path, monkeypatch):

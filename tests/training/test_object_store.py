@@ -12,8 +12,8 @@ from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError
-from cvt_flax.weights import storage
 from tests.conftest import ROOT
 from tests.training.compare import lines_without_times
 

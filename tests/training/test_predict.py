@@ -1,4 +1,4 @@
-"""predict_dataset: every image of a source, in parts."""
+"""predict_dataset: every image of a source, in shards."""
 
 import dataclasses
 import json
@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_flax import batch_predict, predict_dataset, predict_images
+from cvt_flax import batch_predict, predict_dataset, predict_images, storage
 from cvt_flax.data import sources
 from cvt_flax.data.array_source import ArraySplit
 from cvt_flax.errors import Interrupted, UserError
 from cvt_flax.training import predict
-from cvt_flax.weights import pretrained, storage
+from cvt_flax.weights import pretrained
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.preprocessing import Preprocessing
 from tests.models.torch_weights import drawn_variables
 from tests.weights.models import GELU_MODEL
 
 NAMES = ('ant', 'bee', 'cat', 'dog', 'eel')
-# Eight devices compute a batch, and parts end within one.
-SIZES = {'batch_size': 8, 'part_size': 10}
+# Eight devices compute a batch, and shards end within one.
+SIZES = {'batch_size': 8, 'shard_size': 10}
 
 
 @pytest.fixture(scope='module')
@@ -50,18 +50,18 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def written(weights, photos, tmp_path_factory):
-  folder = tmp_path_factory.mktemp('parts') / 'new' / 'parts'
+  folder = tmp_path_factory.mktemp('shards') / 'new' / 'shards'
   return predict_dataset(weights, str(photos), folder, features=True, **SIZES)
 
 
-def read(parts):
-  """Returns what parts hold together."""
-  arrays = [dict(np.load(path)) for path in parts]
+def read(shards):
+  """Returns what shards hold together."""
+  arrays = [dict(np.load(path)) for path in shards]
   return jax.tree.map(lambda *x: np.concatenate(x), *arrays)
 
 
-def test_every_image_is_in_a_part(written, weights, photos):
-  assert [path.name for path in written] == [f'part-0000{i}-of-00003.npz' for i in range(3)]
+def test_every_image_is_in_a_shard(written, weights, photos):
+  assert [path.name for path in written] == [f'shard-0000{i}-of-00003.npz' for i in range(3)]
   arrays = read(written)
   np.testing.assert_array_equal(arrays['index'], np.arange(24))
   expected = [
@@ -102,7 +102,7 @@ def test_features_cost_nothing(weights):
   assert flops[1] == pytest.approx(flops[0], rel=1e-3)
 
 
-def test_job_json_says_what_the_parts_are_of(written):
+def test_job_json_says_what_the_shards_are_of(written):
   job = json.loads((written[0].parent / 'job.json').read_text())
   assert job['class_names'] == list(NAMES) and job['dtype'] == 'float32'
   assert job['images'] == 24 and job['label_names'] is None
@@ -115,12 +115,12 @@ def test_it_goes_on_with_what_is_missing(
 ):
   write = storage.write_whole
 
-  def stop_after_a_part(path, data):
+  def stop_after_a_shard(path, data):
     write(path, data)
     if path.suffix == '.npz':
       signal.raise_signal(number)
 
-  monkeypatch.setattr(storage, 'write_whole', stop_after_a_part)
+  monkeypatch.setattr(storage, 'write_whole', stop_after_a_shard)
   monkeypatch.setattr(predict, '_AHEAD', 0)  # or all three batches are computed by then
   with pytest.raises(Interrupted, match='the same command goes on') as stop:
     predict_dataset(weights, str(photos), tmp_path, features=True, **SIZES)
@@ -129,32 +129,32 @@ def test_it_goes_on_with_what_is_missing(
   first, *rest = (tmp_path / path.name for path in written)
   assert first.exists() and not any(path.exists() for path in rest)
   when = first.stat().st_mtime_ns
-  # Another part is there already.
+  # Another shard is there already.
   rest[1].write_bytes(written[2].read_bytes())
-  parts = predict_dataset(weights, f'{photos}/', tmp_path, features=True, **SIZES)
-  assert '2 of 3 parts are there' in capsys.readouterr().out
+  shards = predict_dataset(weights, f'{photos}/', tmp_path, features=True, **SIZES)
+  assert '2 of 3 shards are there' in capsys.readouterr().out
   assert first.stat().st_mtime_ns == when
-  for path, whole in zip(parts, written, strict=True):
+  for path, whole in zip(shards, written, strict=True):
     assert path.read_bytes() == whole.read_bytes()
-  assert predict_dataset(weights, str(photos), tmp_path, features=True, **SIZES) == parts
-  assert '3 of 3 parts are there' in capsys.readouterr().out
+  assert predict_dataset(weights, str(photos), tmp_path, features=True, **SIZES) == shards
+  assert '3 of 3 shards are there' in capsys.readouterr().out
 
 
 def test_a_split_with_labels(weights, tmp_path, capsys):
   with pytest.raises(UserError, match=r"split='': digits has train .*validation .*test \(360 "):
     predict_dataset(weights, 'digits', tmp_path, **SIZES)
-  parts = predict_dataset(
+  shards = predict_dataset(
     weights, 'digits', tmp_path, split='test', top=9, batch_size=360, dtype='bfloat16'
   )
-  (part,) = parts
-  arrays = dict(np.load(part))
+  (shard,) = shards
+  arrays = dict(np.load(shard))
   assert arrays.keys() == {'index', 'label', 'readable', 'classes', 'probabilities'}
   digits = sources.load('digits')
   np.testing.assert_array_equal(arrays['label'], digits.test.labels)
   assert json.loads((tmp_path / 'job.json').read_text())['label_names'] == [*digits.class_names]
   assert arrays['classes'].shape == (360, 5) and arrays['readable'].all()
   assert json.loads((tmp_path / 'job.json').read_text())['dtype'] == 'bfloat16'
-  assert re.search(r'part 1 of 1  [\d,]+ images/s', capsys.readouterr().out)
+  assert re.search(r'shard 1 of 1  [\d,]+ images/s', capsys.readouterr().out)
 
 
 def test_a_split_with_several_labels_an_image(weights, tmp_path, monkeypatch):
@@ -165,8 +165,8 @@ def test_a_split_with_several_labels_an_image(weights, tmp_path, monkeypatch):
 
   monkeypatch.setattr(ArraySplit, 'multi_label', True)
   monkeypatch.setattr(ArraySplit, '_read', several)
-  (part,) = predict_dataset(weights, 'digits', tmp_path, split='test', batch_size=360)
-  assert 'label' in np.load(part)
+  (shard,) = predict_dataset(weights, 'digits', tmp_path, split='test', batch_size=360)
+  assert 'label' in np.load(shard)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_split_with_several_labels_an_image(weights, tmp_path, monkeypatch):
     (dict(top=0), 'top=0: at least 1'),
     (dict(batch_size=0), 'batch_size=0: at least 1'),
     (dict(batch_size=12), 'batch_size=12 does not divide over 8 devices: 8 or 16 would$'),
-    (dict(part_size=-1), 'part_size=-1: at least 1'),
+    (dict(shard_size=-1), 'shard_size=-1: at least 1'),
     (dict(workers=-1), 'workers=-1: at least 0'),
     (dict(image_size=-1), 'image_size=-1: at least 0'),
     (dict(image_size=2), 'images of 2x2 are too small'),
@@ -190,17 +190,17 @@ def test_a_split_with_several_labels_an_image(weights, tmp_path, monkeypatch):
 def test_what_cannot_be_done(changes, message, weights, photos, tmp_path):
   arguments = {'source': str(photos)} | SIZES | changes
   with pytest.raises(UserError, match=message):
-    predict_dataset(weights, folder=tmp_path / 'parts', **arguments)
-  assert not (tmp_path / 'parts').exists()
+    predict_dataset(weights, folder=tmp_path / 'shards', **arguments)
+  assert not (tmp_path / 'shards').exists()
 
 
 def test_a_folder_without_images(weights, tmp_path):
   with pytest.raises(UserError, match='no images in .*; looked for .jpg'):
-    predict_dataset(weights, str(tmp_path), tmp_path / 'parts')
+    predict_dataset(weights, str(tmp_path), tmp_path / 'shards')
 
 
 def test_a_folder_of_something_else(weights, photos, written, tmp_path):
-  with pytest.raises(UserError, match='parts of another call, with another features, top: give'):
+  with pytest.raises(UserError, match='shards of another call, with another features, top: give'):
     predict_dataset(weights, str(photos), written[0].parent, top=2, **SIZES)
   other = pretrained.Weights(
     dataclasses.replace(weights.description, model=GELU_MODEL.clone(activation='quick_gelu')),
@@ -208,19 +208,19 @@ def test_a_folder_of_something_else(weights, photos, written, tmp_path):
     pretrained.FLAX,
     'drawn',
   )
-  with pytest.raises(UserError, match='parts of another call, with another model: give'):
+  with pytest.raises(UserError, match='shards of another call, with another model: give'):
     predict_dataset(other, str(photos), written[0].parent, features=True, **SIZES)
   (tmp_path / 'notes.txt').touch()
-  with pytest.raises(UserError, match='notes.txt/parts: Not a directory'):
-    predict_dataset(weights, str(photos), tmp_path / 'notes.txt' / 'parts', **SIZES)
+  with pytest.raises(UserError, match='notes.txt/shards: Not a directory'):
+    predict_dataset(weights, str(photos), tmp_path / 'notes.txt' / 'shards', **SIZES)
   with pytest.raises(UserError, match='is there and holds no job.json'):
     predict_dataset(weights, str(photos), tmp_path, **SIZES)
 
 
 def test_the_command_line(photos, tmp_path, capsys):
-  command = ['--weights=cvt-nano-cifar10', str(photos), str(tmp_path / 'parts'), '--top=1']
+  command = ['--weights=cvt-nano-cifar10', str(photos), str(tmp_path / 'shards'), '--top=1']
   batch_predict.main(command)
   out = capsys.readouterr().out
-  assert 'a/7.png cannot be read' in out and f'{tmp_path}/parts: 1 part in all' in out
+  assert 'a/7.png cannot be read' in out and f'{tmp_path}/shards: 1 shard in all' in out
   with pytest.raises(UserError, match='--help explains'):
     batch_predict.main(command[1:])

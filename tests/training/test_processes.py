@@ -236,22 +236,22 @@ def test_one_process_goes_on_from_two(several, whole, stopped, quick_env, tmp_pa
   np.testing.assert_allclose(got[11:21], expected[11:21], rtol=2e-6)
 
 
-def test_two_processes_write_the_parts_that_one_did_not(quick_env, jpegs, tmp_path):
+def test_two_processes_write_the_shards_that_one_did_not(quick_env, jpegs, tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
-  options = ['--weights=cvt-nano-cifar10', '--part_size=40', '--batch_size=16', '--features']
+  options = ['--weights=cvt-nano-cifar10', '--shard_size=40', '--batch_size=16', '--features']
   options += [str(jpegs)]
   program = '-m', 'cvt_flax.batch_predict'
   ((code, *said),) = finish(start(quick_env, 1, 4, *options, str(one), program=program))
-  assert code == 0 and len(parts := sorted(one.glob('*.npz'))) == 4, said
+  assert code == 0 and len(shards := sorted(one.glob('*.npz'))) == 4, said
   shutil.copytree(one, two)
-  for part in parts[1:3]:
-    (two / part.name).unlink()
+  for shard in shards[1:3]:
+    (two / shard.name).unlink()
   ends = finish(start(quick_env, 2, 2, *options, str(two), program=program))
   assert [code for code, *_ in ends] == [0, 0], ends
-  for said in ('2 of 4 parts are there', 'part 3 of 4'):
+  for said in ('2 of 4 shards are there', 'shard 3 of 4'):
     assert said in ends[0][1] and said not in ends[1][1]
-  for part in parts:
-    expected, found = dict(np.load(part)), dict(np.load(two / part.name))
+  for shard in shards:
+    expected, found = dict(np.load(shard)), dict(np.load(two / shard.name))
     assert found.keys() == expected.keys()
     for name, array in found.items():
       if array.dtype == np.float32:

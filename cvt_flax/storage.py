@@ -59,3 +59,19 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())  # or, after a power cut, the name may be there without the bytes
   os.replace(temporary, path)
+
+
+def make_folder(folder: pathlib.Path, called: str = '') -> None:
+  """Makes a folder, and those that it is in, where it is not there yet.
+
+  Args:
+    folder: to be made.
+    called: what a person calls it.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'{called or folder}: {e.strerror}') from e
