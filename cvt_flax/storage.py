@@ -61,6 +61,16 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
   os.replace(temporary, path)
 
 
+def is_free(folder: pathlib.Path) -> bool:
+  """Whether there is nothing, or a folder with nothing in it but hidden files.
+
+  Such are locks, and what a killed process left of a file.
+  """
+  if not folder.is_dir():
+    return not folder.exists()
+  return all(path.name.startswith('.') for path in folder.iterdir())
+
+
 def make_folder(folder: pathlib.Path, called: str = '') -> None:
   """Makes a folder, and those that it is in, where it is not there yet.
 

@@ -118,7 +118,7 @@ def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> Non
     return
   if not storage.is_remote(folder):
     _check_writable(folder)
-  if not holds_run and folder.exists() and any(p.name != _LOCK for p in folder.iterdir()):
+  if not holds_run and not storage.is_free(folder):
     raise UserError(f'{folder} is not empty and holds no run: give another, {free(folder)}')
 
 

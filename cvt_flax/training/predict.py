@@ -229,7 +229,7 @@ def _claim(folder: pathlib.Path, job: dict) -> None:
         f'{folder} holds shards of another call, with another {", ".join(sorted(other))}: give '
         'another folder'
       )
-  elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+  elif not storage.is_free(folder):
     raise UserError(f'{folder} is there and holds no {_JOB}: give another folder')
   storage.make_folder(folder)
   processes.wait_for_all('every process has seen the folder')

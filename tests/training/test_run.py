@@ -172,6 +172,8 @@ def test_a_folder_with_something_else_in_it_is_refused(config, tmp_path):
   with pytest.raises(UserError, match='is not empty and holds no run'):
     loop.run(config, tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ['thesis.txt']
+  (tmp_path / 'thesis.txt').rename(tmp_path / '.experiment.json.host.1')  # of one that was killed
+  assert 'test/top1' in loop.run(config, tmp_path)
 
 
 def test_evaluating_what_is_no_run(config, tmp_path):
