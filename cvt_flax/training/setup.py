@@ -390,7 +390,7 @@ class TrainingSetup(Setup):
     images, left = self.engine.count(self.train_data), ''
     rest = images - self.steps_per_epoch * c.batch_size
     if rest > images / 20 and c.augment.repeats == 1:
-      left = f'; an epoch leaves out {rest:,} images, which fill no batch'
+      left = f'; an epoch leaves out {rest:,} images, a smaller batch_size fewer'
     print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}{left}')
     split = self.mesh.shape['fsdp'] > 1
     if split:

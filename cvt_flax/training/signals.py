@@ -21,13 +21,14 @@ class Signals:
   """Notes signals while the block lasts; a second one of the same kind acts as it always did.
 
   With several processes jax notes a SIGTERM that any of them gets, and has all of them answer at
-  the same step; Ctrl-C is a SIGTERM there.
+  the same step. Ctrl-C in one of them is a SIGTERM to the others.
 
   Outside the main thread, where Python delivers no signals, nothing is noted.
   """
 
   def __init__(self):
     self._noted: int | None = None
+    self._pressed = False  # Ctrl-C, in this one of several processes
     self._previous = {}
     self._several = jax.process_count() > 1
 
@@ -47,6 +48,7 @@ class Signals:
     with contextlib.suppress(RuntimeError):  # something is being written there at this moment
       print(f'{_name(number)}: stopping after this step; again stops at once', file=sys.stderr)
     if self._several:
+      self._pressed = True
       signal.raise_signal(signal.SIGTERM)
     else:
       self._noted = number
@@ -55,7 +57,7 @@ class Signals:
     """Whether to stop. All processes ask equally often, and get the same answer each time."""
     if self._several and self._noted is None:
       if multihost_utils.reached_preemption_sync_point(next(_ASKED)):
-        self._noted = signal.SIGTERM
+        self._noted = signal.SIGINT if self._pressed else signal.SIGTERM
     return self._noted is not None
 
   def interruption(self, what: str) -> Interrupted:

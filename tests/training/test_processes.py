@@ -343,6 +343,27 @@ def test_runs_one_after_another_ask_on(monkeypatch):
   assert asked == list(range(asked[0], asked[0] + 4))
 
 
+def test_ctrl_c_in_one_process_is_a_sigterm_to_all(monkeypatch):
+  terms = []
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(
+    signals.multihost_utils, 'reached_preemption_sync_point', lambda _: bool(terms)
+  )
+  before = signal.signal(signal.SIGTERM, lambda number, _: terms.append(number))  # jax's own
+  try:
+    with signals.Signals() as here, signals.Signals() as elsewhere:
+      assert not here.received() and not elsewhere.received()
+      here._note(signal.SIGINT, None)
+      assert here.received() and elsewhere.received() and len(terms) == 1
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  stops = here.interruption('saved'), elsewhere.interruption('saved')
+  assert [(str(stop), stop.exit_code) for stop in stops] == [
+    ('Ctrl-C: saved', 130),
+    ('SIGTERM: saved', 75),
+  ]
+
+
 def test_processes_that_have_not_joined(monkeypatch, config, tmp_path):
   monkeypatch.setattr(jax, 'process_count', lambda: 4)
   with pytest.raises(UserError, match='one of 4 processes that have not joined: start each with'):

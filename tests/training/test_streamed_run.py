@@ -79,7 +79,7 @@ def test_a_run_may_be_given_in_steps(streamed, tmp_path, capsys):
   lines = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
   assert [m['step'] for m in lines if 'val/top1' in m] == [5, 7]
   assert lines[-1]['step'] == 7 and lines[-1]['epoch'] == pytest.approx(1.4)
-  told = '1.4 epochs of 5 steps; an epoch leaves out 6 images, which fill no batch'
+  told = '1.4 epochs of 5 steps; an epoch leaves out 6 images, a smaller batch_size fewer'
   assert 'test/top1' in result and told in capsys.readouterr().out
   streamed.optimizer.warmup_epochs = 1.5
   with pytest.raises(UserError, match=r'warmup_epochs goes up to epoch 1.5, but steps=7 are 1.40'):
