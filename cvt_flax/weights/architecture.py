@@ -317,7 +317,7 @@ def _problems(layout, model):
   # It takes the drop path rate of all blocks of a stage from the block with the stage's number.
   if layout is HUGGING_FACE and any(o.depth <= s for s, o in enumerate(stages)):
     problems.append(
-      f'depths={model.depths!r} (only at least 1 block in the first stage, 2 in the second, and so on)'
+      f'depths={model.depths!r} (only at least 1 block in the first stage, 2 in the second, ...)'
     )
   problems += [
     f'{name}={getattr(model, name)!r} (only {value!r})'
