@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from cvt_flax.ops.batch_norm import normalize, normalize_groups
 from cvt_flax.ops.depthwise import depthwise_conv
+from cvt_flax.ops.layer_norm import layer_norm
 
 # PyTorch's defaults, which the official model keeps: torch.nn.LayerNorm and BatchNorm2d have
 # epsilon 1e-5; BatchNorm2d's momentum 0.1 is 0.9 in Flax's terms.
@@ -64,15 +65,20 @@ class Dense(nn.Dense):
     return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
 
 
-class LayerNorm(nn.LayerNorm):
-  """Layer normalisation, computed in float32; `dtype` is that of the result.
+class LayerNorm(nn.Module):
+  """Layer normalisation over the last axis, computed in float32; see `cvt_flax.ops.layer_norm`.
 
-  The variance is the mean of the squared differences: `use_fast_variance`, the difference of two
-  means, loses digits.
+  Attributes:
+    dtype: of the result.
   """
 
-  epsilon: float = EPSILON
-  use_fast_variance: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*rows c']) -> Float[Array, '*rows c']:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    return layer_norm(x, scale, bias, EPSILON).astype(self.dtype)
 
 
 class DepthwiseConv(nn.Module):
