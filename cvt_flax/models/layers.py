@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from cvt_flax.ops.batch_norm import normalize, normalize_groups
 from cvt_flax.ops.depthwise import depthwise_conv
 from cvt_flax.ops.layer_norm import layer_norm
+from cvt_flax.ops.linear import linear
 
 # PyTorch's defaults, which the official model keeps: torch.nn.LayerNorm and BatchNorm2d have
 # epsilon 1e-5; BatchNorm2d's momentum 0.1 is 0.9 in Flax's terms.
@@ -53,16 +54,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Dense(nn.Dense):
-  """A linear layer over the last axis.
-
-  All other axes are merged into one, which changes no number: XLA on a CPU multiplies two matrices
-  for the kernel's gradient, where of three axes it first writes a transposed copy.
-  """
+  """A linear layer over the last axis; see `cvt_flax.ops.linear`."""
 
   kernel_init: nn.initializers.Initializer = dense_init
-
-  def __call__(self, x: Float[Array, '*rows c']) -> Float[Array, '*rows features']:
-    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+  dot_general: Callable = lambda x, kernel, *_, **__: linear(x, kernel)
 
 
 class LayerNorm(nn.Module):
@@ -78,7 +73,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, '*rows c']) -> Float[Array, '*rows c']:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    return layer_norm(x, scale, bias, EPSILON).astype(self.dtype)
+    return layer_norm(x, scale, bias, EPSILON, self.dtype)
 
 
 class DepthwiseConv(nn.Module):
@@ -128,12 +123,12 @@ class BatchNorm(nn.Module):
     if not train:
       y = normalize(x, running_mean.value, running_var.value, scale, bias, EPSILON)
       return y.astype(self.dtype)
-    y, mean, var = normalize_groups(x, scale, bias, self.group_size, EPSILON)
+    y, mean, var = normalize_groups(x, scale, bias, self.group_size, EPSILON, self.dtype)
     if not self.is_initializing():
       m = BATCH_NORM_MOMENTUM
       running_mean.value = m * running_mean.value + (1 - m) * mean
       running_var.value = m * running_var.value + (1 - m) * var
-    return y.astype(self.dtype)
+    return y
 
 
 class DropPath(nn.Module):

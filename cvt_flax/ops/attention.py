@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, in the form that the platform runs best."""
+"""Scaled dot-product attention, with a gradient that reads the weights as they were stored."""
 
 import functools
 from collections.abc import Callable
@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
-# On a CPU, bytes of scores that are computed at once, about what a core's second-level cache holds,
-# and from how many on they are better computed twice than written to memory.
-_CACHE = 2**20
-_SPILL = 4 * _CACHE
+# Bytes of an image's scores from which on a CPU computes it by itself.
+_LARGE = 2**22
 
 
 def attention(
@@ -24,8 +22,8 @@ def attention(
 ) -> Float[Array, 'b t h d']:
   """Returns, for every query, the mean of the values weighted by softmax(scale q k^T).
 
-  On CPU, many scores are computed for a few images at a time, so that they stay in the cache, and
-  again for the gradient. Elsewhere, and with dropout, all are computed at once. The numbers agree.
+  On CPU, an image with many scores is computed by itself, so that they stay in memory that is at
+  hand. The numbers agree.
 
   Args:
     q: queries.
@@ -37,66 +35,63 @@ def attention(
   Returns:
     The weighted values in v's dtype; scores and softmax are float32 whatever the inputs are.
   """
-  b, t, h, _ = q.shape
   whole = functools.partial(at_once, scale=scale, dropout=dropout)
-  image = 4 * t * k.shape[1] * h  # bytes of scores
-  if dropout or b * image <= _SPILL:
+  image = 4 * q.shape[1] * k.shape[1] * q.shape[2]  # bytes of scores
+  if dropout or image <= _LARGE:
     return whole(q, k, v)
-  few = functools.partial(few_images, scale=scale, images=max(1, _CACHE // image))
-  return lax.platform_dependent(q, k, v, cpu=few, default=whole)
+  each = functools.partial(image_by_image, scale=scale)
+  return lax.platform_dependent(q, k, v, cpu=each, default=whole)
 
 
 def at_once(q, k, v, *, scale, dropout=None):
-  """The form for accelerators and few scores: two batched products.
-
-  The softmax's division comes after the second, where it is over d numbers a query in place of s.
-  """
-  scores = _product('bthd,bshd->bhts', q * scale, k)
-  weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-  total = jnp.sum(weights, axis=-1, keepdims=True)
+  """The form for accelerators, and for small images."""
+  q, k, v = (rearrange(x, 'b n h d -> b h n d') for x in (q, k, v))
+  weights, total = _exp_scores(q * scale, k, v.dtype)
   if dropout:
     weights = dropout(weights)
-  mixed = _product('bhts,bshd->bhtd', weights.astype(v.dtype), v)
-  return rearrange((mixed / total).astype(v.dtype), 'b h t d -> b t h d')
+  # The softmax's division comes last, where it is over d numbers a query in place of s.
+  mixed = _product('bhts,bhsd->bhtd', weights, v) * (1 / total)
+  return rearrange(mixed.astype(v.dtype), 'b h t d -> b t h d')
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def few_images(q, k, v, scale, images):
-  """The form for CPU and many scores: `images` images at a time."""
-  return _forward(q, k, v, scale, images)[0]
+def image_by_image(q, k, v, *, scale):
+  """The form for CPU and large images."""
+  # Each as a batch of one.
+  q, k, v = (x[:, None] for x in (q, k, v))
+  return lax.map(lambda image: at_once(*image, scale=scale), (q, k, v))[:, 0]
 
 
-def _forward(q, k, v, scale, images):
-  def image(inputs):
-    q, k, v = inputs
-    scores = _product('thd,shd->hts', q * scale, k)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = _product('hts,shd->htd', weights.astype(v.dtype), v) / total
-    return rearrange(mixed.astype(v.dtype), 'h t d -> t h d'), top + jnp.log(total)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _exp_scores(
+  q: Float[Array, 'b h t d'], k: Float[Array, 'b h s d'], dtype: DTypeLike
+) -> tuple[Float[Array, 'b h t s'], Float[Array, 'b h t 1']]:
+  """Returns exp(q k^T - their largest) in `dtype`, and its sums over the keys in float32.
 
-  out, log_total = lax.map(image, (q, k, v), batch_size=images)
-  return out, (q, k, v, out, log_total)
+  The gradient is of these weights alone. Automatic differentiation would keep the scores, as
+  float32, and take their exponential again wherever it is needed.
+  """
+  return _forward(q, k, dtype)[0]
 
 
-def _backward(scale, images, residuals, g):
-  def image(inputs):
-    q, k, v, out, log_total, g = inputs
-    weights = jnp.exp(_product('thd,shd->hts', q * scale, k) - log_total)
-    dv = _product('hts,thd->shd', weights.astype(v.dtype), g)
-    # Through the softmax: its gradient takes off the mean of dweights, which is g . out.
-    dweights = _product('thd,shd->hts', g, v)
-    dscores = weights * (dweights - _product('thd,thd->ht', g, out)[..., None])
-    dscores = dscores.astype(q.dtype)
-    dq = scale * _product('hts,shd->thd', dscores, k)
-    dk = _product('hts,thd->shd', dscores, q * scale)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
-
-  return lax.map(image, (*residuals, g), batch_size=images)
+def _forward(q, k, dtype):
+  scores = _product('bhtd,bhsd->bhts', q, k)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights.astype(dtype)
+  return (weights, total), (q, k, weights)
 
 
-few_images.defvjp(_forward, _backward)
+def _backward(_, residuals, gradients):
+  q, k, weights = residuals
+  dweights, dtotal = gradients
+  # None goes through the largest: any other number in its place would give the same attention.
+  dscores = (weights * (dweights + dtotal)).astype(q.dtype)
+  dq = _product('bhts,bhsd->bhtd', dscores, k)
+  dk = _product('bhts,bhtd->bhsd', dscores, q)
+  return dq.astype(q.dtype), dk.astype(k.dtype)
+
+
+_exp_scores.defvjp(_forward, _backward)
 
 
 def _product(equation, a, b):

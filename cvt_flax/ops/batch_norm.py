@@ -1,9 +1,12 @@
 """Batch normalisation over groups of images, with PyTorch's running variance."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 
 def normalize(
@@ -25,6 +28,7 @@ def normalize_groups(
   bias: Float[Array, ' c'],
   group_size: int,
   epsilon: float,
+  dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, 'b h w c'], Float[Array, ' c'], Float[Array, ' c']]:
   """Normalises every group of `group_size` consecutive images by its own statistics.
 
@@ -37,12 +41,14 @@ def normalize_groups(
     bias: beta.
     group_size: images to a group; must divide b. 0 means all b.
     epsilon: added to the variance.
+    dtype: of the maps that are returned; all is computed in float32.
 
   Returns:
-    y: the normalised maps, float32. The variance in it is the biased one, as in PyTorch.
+    y: the normalised maps. The variance in it is the biased one, as in PyTorch.
     mean: over the groups, of each group's mean.
     var: over the groups, of each group's unbiased variance (n / (n - 1) times the biased one, n
-      values a channel), which is what PyTorch keeps as the running variance.
+      values a channel), which is what PyTorch keeps as the running variance. Neither passes on a
+      gradient.
 
   Raises:
     ValueError: when the batch does not divide into groups, or a group has one value a channel.
@@ -57,9 +63,45 @@ def normalize_groups(
       'batch normalisation of one image with a 1x1 map: a single value has no variance. '
       'Train with at least 2 images to a group'
     )
-  x = rearrange(x.astype(jnp.float32), '(g n) h w c -> g n h w c', n=size)
-  mean = reduce(x, 'g n h w c -> g 1 1 1 c', 'mean')
-  var = reduce(jnp.square(x - mean), 'g n h w c -> g 1 1 1 c', 'mean')
-  y = (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
+  x = rearrange(x, '(g n) h w c -> g n h w c', n=size)
+  y, mean, var = _normalized(x, scale, bias, epsilon, dtype)
   y = rearrange(y, 'g n h w c -> (g n) h w c')
-  return y, jnp.mean(mean, (0, 1, 2, 3)), jnp.mean(var, (0, 1, 2, 3)) * (n / (n - 1))
+  mean, var = (lax.stop_gradient(jnp.mean(a, (0, 1, 2, 3))) for a in (mean, var))
+  return y, mean, var * (n / (n - 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalized(x: Float[Array, 'g n h w c'], scale, bias, epsilon, dtype):
+  """Returns the normalised groups, and their means and variances [g 1 1 1 c] in float32.
+
+  Its gradient takes two sums over the maps. Automatic differentiation makes a chain of them, each
+  over what the one before it gave.
+  """
+  return _forward(x, scale, bias, epsilon, dtype)[0]
+
+
+def _forward(x, scale, bias, epsilon, dtype):
+  maps = x.astype(jnp.float32)
+  mean = reduce(maps, 'g n h w c -> g 1 1 1 c', 'mean')
+  var = reduce(jnp.square(maps - mean), 'g n h w c -> g 1 1 1 c', 'mean')
+  factor = lax.rsqrt(var + epsilon)
+  y = (maps - mean) * (factor * scale) + bias
+  return (y.astype(dtype), mean, var), (x, scale, mean, factor)
+
+
+def _backward(_epsilon, _dtype, residuals, gradients):
+  x, scale, mean, factor = residuals
+  g, *_ = gradients  # the statistics pass none on
+  # Without the barrier XLA would keep float32 copies of bfloat16 maps.
+  maps, g = (a.astype(jnp.float32) for a in lax.optimization_barrier((x, g)))
+  normal = (maps - mean) * factor
+  # What moves a group's mean, and what moves its variance, does not move the result.
+  along_mean = reduce(g, 'g n h w c -> g 1 1 1 c', 'mean')
+  along_map = reduce(g * normal, 'g n h w c -> g 1 1 1 c', 'mean')
+  dx = (g - along_mean - normal * along_map) * (factor * scale)
+  values = x[0, ..., 0].size
+  dscale, dbias = (values * jnp.sum(a, (0, 1, 2, 3)) for a in (along_map, along_mean))
+  return dx.astype(x.dtype), dscale, dbias
+
+
+_normalized.defvjp(_forward, _backward)

@@ -10,49 +10,55 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(
   x: Float[Array, '*rows c'],
   scale: Float[Array, ' c'],
   bias: Float[Array, ' c'],
   epsilon: float,
+  dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, '*rows c']:
   """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, statistics over the last axis.
 
-  The variance is the mean of the squared differences: the difference of two means loses digits.
+  All is computed in float32. The variance is the mean of the squared differences: the difference
+  of two means loses digits.
 
   Args:
     x: the rows, of any floating dtype.
     scale: gamma, float32.
     bias: beta, float32.
     epsilon: added to the variance.
+    dtype: of the result.
 
   Returns:
-    The normalised rows, float32.
+    The normalised rows.
   """
-  return _forward(x, scale, bias, epsilon)[0]
+  return _forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _forward(x, scale, bias, epsilon):
-  y = x.astype(jnp.float32)
-  mean = jnp.mean(y, axis=-1, keepdims=True)
-  factor = lax.rsqrt(jnp.mean(jnp.square(y - mean), axis=-1, keepdims=True) + epsilon)
-  return (y - mean) * (factor * scale) + bias, (x, scale, mean, factor)
+def _forward(x, scale, bias, epsilon, dtype):
+  rows = x.astype(jnp.float32)
+  mean = jnp.mean(rows, axis=-1, keepdims=True)
+  factor = lax.rsqrt(jnp.mean(jnp.square(rows - mean), axis=-1, keepdims=True) + epsilon)
+  y = (rows - mean) * (factor * scale) + bias
+  return y.astype(dtype), (x, scale, mean, factor)
 
 
-def _backward(_, residuals, g):
+def _backward(_epsilon, _dtype, residuals, g):
   x, scale, mean, factor = residuals
-  normal = (x.astype(jnp.float32) - mean) * factor
+  # Without the barrier XLA would keep float32 copies of bfloat16 rows, and move those.
+  rows, g = (a.astype(jnp.float32) for a in lax.optimization_barrier((x, g)))
+  normal = (rows - mean) * factor
   scaled = g * scale
   # What moves a row's mean, and what moves its variance, does not move the result.
   along_mean = jnp.mean(scaled, axis=-1, keepdims=True)
   along_row = jnp.mean(scaled * normal, axis=-1, keepdims=True)
   dx = (scaled - along_mean - normal * along_row) * factor
-  rows = tuple(range(x.ndim - 1))
-  return dx.astype(x.dtype), jnp.sum(g * normal, rows), jnp.sum(g, rows)
+  axes = tuple(range(x.ndim - 1))
+  return dx.astype(x.dtype), jnp.sum(g * normal, axes), jnp.sum(g, axes)
 
 
 layer_norm.defvjp(_forward, _backward)

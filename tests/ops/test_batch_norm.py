@@ -103,13 +103,37 @@ def test_a_large_mean_costs_no_digits():
 def test_bfloat16_maps_have_float32_statistics():
   x, scale, bias = inputs()
   x = jnp.asarray(x, jnp.bfloat16)
-  for actual, expected in zip(
-    normalize_groups(x, scale, bias, 2, EPSILON),
-    normalize_groups(x.astype(jnp.float32), scale, bias, 2, EPSILON),
-    strict=True,
-  ):
+  wide = normalize_groups(x.astype(jnp.float32), scale, bias, 2, EPSILON)
+  for actual, expected in zip(normalize_groups(x, scale, bias, 2, EPSILON), wide, strict=True):
     np.testing.assert_array_equal(actual, expected)
     assert actual.dtype == jnp.float32
+  y, *statistics = normalize_groups(x, scale, bias, 2, EPSILON, jnp.bfloat16)
+  np.testing.assert_array_equal(y, wide[0].astype(jnp.bfloat16))
+  jax.tree.map(np.testing.assert_array_equal, statistics, list(wide[1:]))
+
+
+def test_bfloat16_gradients_are_computed_in_float32():
+  x, scale, bias = inputs()
+  g = np.random.default_rng(1).normal(size=x.shape)
+  x, g = (jnp.asarray(a, jnp.bfloat16) for a in (x, g))
+  pullback = jax.vjp(lambda *a: normalize_groups(*a, 2, EPSILON, jnp.bfloat16)[0], x, scale, bias)[
+    1
+  ]
+  dx, dscale, dbias = pullback(g)
+  wide = (np.asarray(a, np.float32) for a in (x, scale, bias))
+  _, _, _, *expected = by_hand(*wide, 2, np.asarray(g, np.float32))
+  assert dx.dtype == jnp.bfloat16
+  np.testing.assert_allclose(dx.astype(np.float32), expected[0], rtol=2**-8, atol=1e-5)
+  close(dscale, expected[1])
+  close(dbias, expected[2])
+
+
+def test_statistics_pass_on_no_gradient():
+  x, scale, bias = inputs()
+  gradients = jax.grad(
+    lambda *a: sum(jnp.sum(s**2) for s in normalize_groups(*a, 2, EPSILON)[1:]), (0, 1, 2)
+  )(x, scale, bias)
+  assert not any(np.any(g) for g in gradients)
 
 
 def test_given_statistics():
