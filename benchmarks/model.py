@@ -1,4 +1,4 @@
-"""CvT against Hugging Face's PyTorch CvT: forward pass and training step, in one run.
+"""CvT against Hugging Face's in PyTorch and a plain Flax port: forward pass and training step.
 
     python benchmarks/model.py --model=cvt-13 --size=224 --batch=8
 
@@ -8,7 +8,6 @@ Prints a table and writes what was measured to benchmarks/results/. See benchmar
 # ruff: noqa: E402  (the environment is set before JAX and transformers are imported)
 
 import argparse
-import functools
 import os
 import pathlib
 import statistics
@@ -24,16 +23,16 @@ sys.modules['torchvision'] = None
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
 import transformers
 
 from benchmarks import common
+from benchmarks.plain import plain
+from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, adamw, train_step
 from cvt_flax import create_model
 from cvt_flax.models.zoo import VARIANTS
 from cvt_flax.weights.layouts import HUGGING_FACE
 
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 
 
@@ -60,19 +59,21 @@ def main():
   images = images.astype(np.float32)
   labels = rng.integers(model.num_classes, size=arguments.batch)
   difference = compare_logits(model, variables, peer, images)
-  print(f'logits with the exact GELU on both sides agree to {difference:.1e}', file=sys.stderr)
+  print(f'logits with the exact GELU on all sides agree to {difference:.1e}', file=sys.stderr)
 
   theirs = {'PyTorch eager': peer}
   if arguments.compile:
     theirs['PyTorch compiled'] = torch.compile(peer)
+  ours = {'cvt_flax': model, 'a plain Flax port': plain(model)}
   results, start = {}, common.usage()
-  for what, ours, make in (
-    ('forward', our_forward(model, variables, images), their_forward),
-    ('train step', our_train_step(model, variables, images, labels), their_train_step),
+  for what, our, their in (
+    ('forward', our_forward, their_forward),
+    ('train step', our_train_step, their_train_step),
   ):
-    contestants = {'cvt_flax': ours}
-    for name, module in theirs.items():
-      contestants[name] = make(module, torch.tensor(images), torch.tensor(labels), device)
+    contestants = {
+      **{name: our(network, variables, images, labels) for name, network in ours.items()},
+      **{name: their(module, images, labels, device) for name, module in theirs.items()},
+    }
     results[what] = alternate(what, contestants, arguments.rounds, arguments.steps)
 
   print(table(results))
@@ -124,10 +125,11 @@ def compare_logits(model, variables, peer, images):
   """Returns max|difference| / max|logit| of the first two images, and stops if it is not 1e-5."""
   with torch.no_grad():
     expected = peer.eval()(torch.tensor(images[:2]).to(peer.device)).logits.cpu().numpy()
-  actual = jax.jit(model.clone(activation='gelu').apply)(variables, nhwc(images[:2]))
-  difference = np.abs(actual - expected).max() / np.abs(expected).max()
+  exact = model.clone(activation='gelu')
+  logits = [jax.jit(m.apply)(variables, nhwc(images[:2])) for m in (exact, plain(exact))]
+  difference = max(np.abs(x - expected).max() for x in logits) / np.abs(expected).max()
   if not difference <= 1e-5:
-    sys.exit(f'the two do not compute the same logits: they differ by {difference:.1e}')
+    sys.exit(f'they do not compute the same logits: they differ by {difference:.1e}')
   return float(difference)
 
 
@@ -135,33 +137,17 @@ def nhwc(images):
   return jnp.asarray(images.transpose(0, 2, 3, 1))
 
 
-def our_forward(model, variables, images):
+def our_forward(model, variables, images, labels):
+  del labels
   apply = jax.jit(model.apply)
   images = nhwc(images)
   return lambda: jax.block_until_ready(apply(variables, images))
 
 
 def our_train_step(model, variables, images, labels):
-  optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def step(state, images, labels):
-    variables, optimizer_state = state
-
-    def loss_fn(params):
-      logits, updates = model.apply(
-        {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
-      )
-      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-      return losses.mean(), updates
-
-    (loss, updates), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables['params'])
-    changes, optimizer_state = optimizer.update(gradients, optimizer_state, variables['params'])
-    params = optax.apply_updates(variables['params'], changes)
-    return ({**updates, 'params': params}, optimizer_state), loss
-
+  step = jax.jit(train_step(model), donate_argnums=0)
   variables = jax.tree.map(jnp.array, variables)  # a copy: the step overwrites its state
-  state = variables, optimizer.init(variables['params'])
+  state = variables, adamw().init(variables['params'])
   images, labels = nhwc(images), jnp.asarray(labels)
 
   def run():
@@ -174,7 +160,7 @@ def our_train_step(model, variables, images, labels):
 
 def their_forward(module, images, labels, device):
   del labels
-  images = images.to(device)
+  images = torch.tensor(images).to(device)
 
   def run():
     module.eval()
@@ -187,7 +173,7 @@ def their_forward(module, images, labels, device):
 
 def their_train_step(module, images, labels, device):
   optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-  images, labels = images.to(device), labels.to(device)
+  images, labels = torch.tensor(images).to(device), torch.tensor(labels).to(device)
 
   def run():
     module.train()

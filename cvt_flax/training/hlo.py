@@ -10,7 +10,17 @@ _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'u16': 2, 
 
 def cycles(text: str) -> int | None:
   """Returns the cycles that XLA's cost model predicts; None where it says nothing, as on CPUs."""
-  return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', _entry(text)))) or None
+  return sum(count for count, _ in instructions(text)) or None
+
+
+def instructions(text: str) -> list[tuple[int, str]]:
+  """Returns [(predicted cycles, name of the operation, '' where it has none)]; [] as above."""
+  found = []
+  for line in _entry(text).splitlines():
+    if count := re.search(r'"estimated_cycles":"(\d+)"', line):
+      name = re.search(r'op_name="([^"]*)"', line)
+      found.append((int(count[1]), name[1] if name else ''))
+  return found
 
 
 def collectives(text: str) -> dict[str, list[int]]:

@@ -1,0 +1,77 @@
+"""What the benchmarks compare with computes the same, and the tools run."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from benchmarks.plain import plain
+from benchmarks.tpu_cost import by_layer
+from cvt_flax import create_model
+
+
+def test_the_plain_port_has_our_logits_loss_and_gradients():
+  """So every fast path has those that automatic differentiation of plain layers has."""
+  ours = create_model('cvt-nano', num_classes=5)
+  networks = ours, plain(ours)
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(1, 35, 35, 3)).astype(np.float32)
+  variables = jax.jit(ours.init)(jax.random.key(0), images)
+  # After initialisation class token and biases are 0, and scores nearly so.
+  variables['params'] = jax.tree.map(
+    lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), variables['params']
+  )
+  logits = [jax.jit(m.apply)(variables, images) for m in networks]
+  np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5 * np.abs(logits[1]).max())
+
+  def loss(params, network):
+    state = {**variables, 'params': params}
+    return network.apply(state, images, train=True, mutable=['batch_stats'])[0].var()
+
+  (value, actual), (expected_value, expected) = (
+    jax.jit(jax.value_and_grad(loss), static_argnums=1)(variables['params'], network)
+    for network in networks
+  )
+  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+  # What moves all keys alike moves nothing: those gradients are rounding errors alone.
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-6 * largest
+    ),
+    actual,
+    expected,
+  )
+
+
+def test_cycles_are_of_the_layer_that_an_instruction_is_of():
+  text = '\nENTRY main {\n' + ''.join(
+    f' %x = f32[] add(), metadata={{op_name="jit(step)/{way}/stage0/blocks_0/{name}/mul"}}, '
+    f'backend_config={{"estimated_cycles":"{cycles}"}}\n'
+    for way, name, cycles in [
+      ('jvp(CvT)', 'attn/conv_proj_q/conv', 1),
+      ('jvp(CvT)', 'attn/conv_proj_q/bn', 2),
+      ('transpose(jvp(CvT))', 'attn/proj_q', 4),
+      ('jvp(CvT)', 'attn/bhts', 8),
+      ('jvp(CvT)', 'norm1', 16),
+      ('jvp(CvT)', 'mlp/fc1', 32),
+      ('transpose(jvp(CvT))', 'mlp/fc2', 64),
+      ('jvp(CvT)', 'add', 128),
+    ]
+  )
+  assert by_layer(text, 2) == {
+    'depthwise convolution, forward': 0.5,
+    'batch norm, forward': 1,
+    'linear layers, backward': 34,
+    'attention, forward': 4,
+    'layer norm, forward': 8,
+    'linear layers, forward': 16,
+    'the rest, forward': 64,
+  }
+
+
+def test_tpu_cost_runs():
+  command = [sys.executable, 'benchmarks/tpu_cost.py', '--quick']
+  result = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert 'bytes accessed an image' in result.stdout
