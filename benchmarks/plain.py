@@ -136,5 +136,5 @@ class PlainCvT(nn.Module):
 
 
 def plain(model):
-  """Returns the plain form of one of our models."""
+  """Returns the plain form of one of `VARIANTS`: images [b h w 3] to logits [b num_classes]."""
   return PlainCvT(tuple(options.resolve(model)), model.num_classes, model.dtype)

@@ -54,7 +54,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Dense(nn.Dense):
-  """A linear layer over the last axis; see `cvt_flax.ops.linear`."""
+  """A linear layer over the last axis, [*rows c] to [*rows features]; see `cvt_flax.ops.linear`."""
 
   kernel_init: nn.initializers.Initializer = dense_init
   dot_general: Callable = lambda x, kernel, *_, **__: linear(x, kernel)

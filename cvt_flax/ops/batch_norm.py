@@ -1,4 +1,4 @@
-"""Batch normalisation over groups of images, with PyTorch's running variance."""
+"""Batch normalisation over groups of images: PyTorch's running variance, a gradient of its own."""
 
 import functools
 
