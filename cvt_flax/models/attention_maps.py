@@ -1,5 +1,6 @@
 """What attention looks at: the weights of the last block of every stage, as maps."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -39,9 +40,9 @@ def attention_maps(
     blocks = sown if isinstance(model, CompactViT) else sown[f'stage{s}']
     last = blocks[f'blocks_{o.depth - 1}']['attn']
     (queries,), (keys,) = last['queries'], last['keys']
-    weights = _mean_weights(queries[:, :1] if o.cls_token else queries, keys, o.scale)
+    weights = _mean_weights(queries[:, -1:] if o.cls_token else queries, keys, o.scale)
     key_size = size if isinstance(model, CompactViT) else o.key_map_size(*size)
-    maps.append(_as_map(weights[..., int(o.cls_token) :], key_size))
+    maps.append(_as_map(weights[..., : math.prod(key_size)], key_size))
   if model.pool == 'seq':
     (weights,) = sown['seq_pool']['weights']
     maps.append(_as_map(weights[:, None], size))

@@ -95,7 +95,7 @@ class Attention(nn.Module):
     qkv = dense(3 * o.embed_dim, o.qkv_bias, 'qkv')(x)
     q, k, v = rearrange(qkv, 'b n (p h d) -> p b n h d', p=3, h=o.num_heads)
     if cls_only:
-      q = q[:, :1]
+      q = q[:, -1:]
     self.sow('intermediates', 'queries', q)
     self.sow('intermediates', 'keys', k)
     drop = train and o.attn_drop_rate > 0
@@ -121,7 +121,7 @@ class Block(nn.Module):
     o, drop_path = self.options, DropPath(self.drop_path)
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
     y = Attention(o, self.dtype, name='attn')(y, train, cls_only)
-    x = (x[:, :1] if cls_only else x) + drop_path(y, train)
+    x = (x[:, -1:] if cls_only else x) + drop_path(y, train)
     y = LayerNorm(dtype=self.dtype, name='norm2')(x)
     if o.residual_norm:
       x = y
@@ -210,6 +210,8 @@ class CompactViT(nn.Module):
       cls = self.param('cls_token', dense_init, (1, 1, self.width))
       x = jnp.concatenate([repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=len(x)), x], axis=1)
     x = self._add_position(x)
+    if o.cls_token:
+      x = jnp.roll(x, -1, axis=1)  # the first has the first position, but the last place, as in CvT
     x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
     for j, rate in enumerate(o.drop_path_schedule()):
       # The classifier reads the class token alone, so the last block computes no more.

@@ -5,7 +5,8 @@ keys and values are depthwise convolutions of the map. The numbers follow the au
 (github.com/microsoft/CvT, lib/models/cls_cvt.py at f851e68), and so do the parameters' names.
 
 Shapes: b images, h w a map, n tokens (h w of a map, and one more where there is a class token),
-c channels of a stage. Maps are NHWC, tokens [b n c] in the order of the map's rows.
+c channels of a stage. Maps are NHWC, tokens [b n c] in the order of the map's rows. The class token
+is the last, where cutting it off moves no other; to attention their order is all the same.
 """
 
 import functools
@@ -22,10 +23,12 @@ from cvt_flax.models.layers import (
   ACTIVATIONS,
   BatchNorm,
   Dense,
+  DenseParameters,
   DepthwiseConv,
   DropPath,
   LayerNorm,
   SequencePool,
+  dense,
   dense_init,
   uniform_init,
 )
@@ -59,27 +62,33 @@ class ConvEmbed(nn.Module):
 
 
 class ConvProjection(nn.Module):
-  """The convolution in front of a query, key or value projection: 'dw_bn', 'avg' or 'linear'.
+  """A linear layer over a map, and what stands before it: 'dw_bn', 'avg' or 'linear'.
 
-  'dw_bn' is a depthwise convolution and a batch norm; 'avg' pools keys and values and leaves
-  queries alone; 'linear' does nothing.
+  'dw_bn' is a depthwise convolution and a batch norm, 'avg' average pooling, 'linear' nothing.
   """
 
   options: StageOptions
+  kind: str
   stride: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], train: bool) -> Float[Array, 'b h2 w2 c']:
+  def __call__(
+    self,
+    x: Float[Array, 'b h w c'],
+    kernel: Float[Array, 'c features'],
+    bias: Float[Array, ' features'],
+    train: bool,
+  ) -> Float[Array, 'b h2 w2 features']:
     o = self.options
-    match o.projection:
+    match self.kind:
       case 'dw_bn':
         x = DepthwiseConv(o.qkv_kernel, self.stride, o.qkv_padding, self.dtype, name='conv')(x)
-        return BatchNorm(o.bn_group_size, self.dtype, name='bn')(x, train)
+        return BatchNorm(o.bn_group_size, name='bn')(x, kernel, bias, train)
       case 'avg':
-        return average_pool(x, o.qkv_kernel, self.stride, o.qkv_padding)
+        return dense(average_pool(x, o.qkv_kernel, self.stride, o.qkv_padding), kernel, bias)
       case 'linear':
-        return x
+        return dense(x, kernel, bias)
 
 
 class Attention(nn.Module):
@@ -99,29 +108,26 @@ class Attention(nn.Module):
   ) -> Float[Array, 'b n2 c']:
     o = self.options
     h, w = size
-    cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
+    x, cls = jnp.split(x, [h * w], axis=1)
     x = rearrange(x, 'b (h w) c -> b h w c', h=h, w=w)
 
-    def convolve(name, stride):
-      y = ConvProjection(o, stride, self.dtype, name=f'conv_proj_{name}')(x, train)
-      return jnp.concatenate([cls, rearrange(y, 'b h w c -> b (h w) c')], axis=1)
-
-    def project(name, tokens):
+    def project(names, kind, stride):
+      """Returns what the linear layers `names` make of one convolution, as tokens [b n h d]."""
       width = o.num_heads * o.head_dim
-      y = Dense(width, o.qkv_bias, dtype=self.dtype, name=f'proj_{name}')(tokens)
-      return rearrange(y, 'b n (h d) -> b n h d', h=o.num_heads)
+      layers = [DenseParameters(width, o.qkv_bias, name=f'proj_{n}')(x.shape[-1]) for n in names]
+      kernel, bias = (jnp.concatenate(parts, axis=-1) for parts in zip(*layers, strict=True))
+      convolution = ConvProjection(o, kind, stride, self.dtype, name=f'conv_proj_{names}')
+      tokens = [rearrange(convolution(x, kernel, bias, train), 'b h w c -> b (h w) c')]
+      if o.cls_token:
+        tokens.append(dense(cls, kernel, bias))
+      y = tokens[-1] if cls_only and names == 'q' else jnp.concatenate(tokens, axis=1)
+      return rearrange(y, 'b n (p h d) -> p b n h d', p=len(names), h=o.num_heads)
 
-    q = (
-      convolve('q', o.q_stride)
-      if o.projection == 'dw_bn'
-      else jnp.concatenate([cls, rearrange(x, 'b h w c -> b (h w) c')], axis=1)
-    )
-    if cls_only:
-      q = q[:, :1]
+    (q,) = project('q', 'linear' if o.projection == 'avg' else o.projection, o.q_stride)
     if o.shared_kv:
-      k = v = convolve('kv', o.kv_stride)
+      k, v = project('kv', o.projection, o.kv_stride)
     else:
-      k, v = convolve('k', o.kv_stride), convolve('v', o.kv_stride)
+      (k,), (v,) = (project(name, o.projection, o.kv_stride) for name in 'kv')
     if k.shape[1] == 1:
       warnings.warn(
         f'a {h}x{w} map with kv stride {o.kv_stride} leaves a single key: the softmax over it is '
@@ -132,7 +138,6 @@ class Attention(nn.Module):
 
     drop = train and o.attn_drop_rate > 0
     dropout = nn.Dropout(o.attn_drop_rate, deterministic=False) if drop else None
-    q, k, v = project('q', q), project('k', k), project('v', v)
     # For attention_maps; nothing is kept, or computed, unless 'intermediates' is mutable.
     self.sow('intermediates', 'queries', q)
     self.sow('intermediates', 'keys', k)
@@ -176,7 +181,7 @@ class Block(nn.Module):
     drop_path = DropPath(self.drop_path)
     y = LayerNorm(dtype=self.dtype, name='norm1')(x)
     y = Attention(self.options, self.dtype, name='attn')(y, size, train, cls_only)
-    x = (x[:, :1] if cls_only else x) + drop_path(y, train)
+    x = (x[:, -1:] if cls_only else x) + drop_path(y, train)
     y = LayerNorm(dtype=self.dtype, name='norm2')(x)
     return x + drop_path(Mlp(self.options, self.dtype, name='mlp')(y, train), train)
 
@@ -209,7 +214,7 @@ class Stage(nn.Module):
     if o.cls_token:
       cls = self.param('cls_token', dense_init, (1, 1, c))
       cls = einops.repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=b)
-      x = jnp.concatenate([cls, x], axis=1)
+      x = jnp.concatenate([x, cls], axis=1)
     x = nn.Dropout(o.embed_drop_rate, deterministic=not train)(x)
     block = Block
     if o.remat:
@@ -221,7 +226,7 @@ class Stage(nn.Module):
       x = block(o, rate, self.dtype, name=f'blocks_{j}')(x, (h, w), train, only)
     if cls_only:
       return None, x
-    cls, x = jnp.split(x, [int(o.cls_token)], axis=1)
+    x, cls = jnp.split(x, [h * w], axis=1)
     return rearrange(x, 'b (h w) c -> b h w c', h=h, w=w), cls
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cvt_flax.ops.batch_norm import normalize, normalize_groups
+from cvt_flax.ops.batch_norm import project, project_groups
 from cvt_flax.ops.depthwise import depthwise_conv
 from cvt_flax.ops.layer_norm import layer_norm
 from cvt_flax.ops.linear import linear
@@ -51,6 +51,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'gelu': gelu,
   'gelu_tanh': gelu_tanh,
 }
+
+
+def dense(
+  x: Float[Array, '*rows c'], kernel: Float[Array, 'c features'], bias: Float[Array, ' features']
+) -> Float[Array, '*rows features']:
+  """Returns x kernel + bias in x's dtype."""
+  return linear(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
 
 
 class Dense(nn.Dense):
@@ -100,30 +107,55 @@ class DepthwiseConv(nn.Module):
     )
 
 
+class DenseParameters(nn.Module):
+  """The kernel [c features] and bias [features] of a linear layer that something else applies.
+
+  The bias is zero where there is none.
+
+  Attributes:
+    features: length of the result.
+    use_bias: whether it has a bias.
+  """
+
+  features: int
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, c: int) -> tuple[Float[Array, 'c features'], Float[Array, ' features']]:
+    kernel = self.param('kernel', dense_init, (c, self.features))
+    if not self.use_bias:
+      return kernel, jnp.zeros(self.features)
+    return kernel, self.param('bias', nn.initializers.zeros, (self.features,))
+
+
 class BatchNorm(nn.Module):
-  """Batch normalisation with PyTorch's running statistics; see `cvt_flax.ops.batch_norm`.
+  """Batch normalisation, and a linear layer after it; see `cvt_flax.ops.batch_norm`.
 
   Collections: 'params' (scale, bias) and 'batch_stats' (mean, var), all [c] and float32.
 
   Attributes:
     group_size: images over which training statistics are taken; 0 means the whole batch.
-    dtype: of the result; statistics are float32.
   """
 
   group_size: int = 0
-  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'b h w c'], train: bool) -> Float[Array, 'b h w c']:
+  def __call__(
+    self,
+    x: Float[Array, 'b h w c'],
+    kernel: Float[Array, 'c features'],
+    bias: Float[Array, ' features'],
+    train: bool,
+  ) -> Float[Array, 'b h w features']:
+    """Returns the normalised maps times the kernel, plus the bias, in x's dtype."""
     c = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (c,))
-    bias = self.param('bias', nn.initializers.zeros, (c,))
+    shift = self.param('bias', nn.initializers.zeros, (c,))
     running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,))
     running_var = self.variable('batch_stats', 'var', jnp.ones, (c,))
     if not train:
-      y = normalize(x, running_mean.value, running_var.value, scale, bias, EPSILON)
-      return y.astype(self.dtype)
-    y, mean, var = normalize_groups(x, scale, bias, self.group_size, EPSILON, self.dtype)
+      return project(x, running_mean.value, running_var.value, scale, shift, kernel, bias, EPSILON)
+    y, mean, var = project_groups(x, scale, shift, kernel, bias, self.group_size, EPSILON)
     if not self.is_initializing():
       m = BATCH_NORM_MOMENTUM
       running_mean.value = m * running_mean.value + (1 - m) * mean

@@ -46,11 +46,14 @@ def attention(
 def at_once(q, k, v, *, scale, dropout=None):
   """The form for accelerators, and for small images."""
   q, k, v = (rearrange(x, 'b n h d -> b h n d') for x in (q, k, v))
-  weights, total = _exp_scores(q * scale, k, v.dtype)
+  # The softmax's division is over s weights a query, or over the d numbers that they give.
+  divide_first = k.shape[2] < v.shape[3]
+  weights, total = _exp_scores(q * scale, k, v.dtype, divide_first)
   if dropout:
     weights = dropout(weights)
-  # The softmax's division comes last, where it is over d numbers a query in place of s.
-  mixed = _product('bhts,bhsd->bhtd', weights, v) * (1 / total)
+  mixed = _product('bhts,bhsd->bhtd', weights, v)
+  if not divide_first:
+    mixed *= 1 / total
   return rearrange(mixed.astype(v.dtype), 'b h t d -> b t h d')
 
 
@@ -61,29 +64,42 @@ def image_by_image(q, k, v, *, scale):
   return lax.map(lambda image: at_once(*image, scale=scale), (q, k, v))[:, 0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _exp_scores(
-  q: Float[Array, 'b h t d'], k: Float[Array, 'b h s d'], dtype: DTypeLike
+  q: Float[Array, 'b h t d'], k: Float[Array, 'b h s d'], dtype: DTypeLike, divide: bool
 ) -> tuple[Float[Array, 'b h t s'], Float[Array, 'b h t 1']]:
   """Returns exp(q k^T - their largest) in `dtype`, and its sums over the keys in float32.
+
+  With `divide` the first is divided by the second.
 
   The gradient is of these weights alone. Automatic differentiation would keep the scores, as
   float32, and take their exponential again wherever it is needed.
   """
-  return _forward(q, k, dtype)[0]
+  return _forward(q, k, dtype, divide)[0]
 
 
-def _forward(q, k, dtype):
+def _forward(q, k, dtype, divide):
+  heads = q.shape[1]
+  # Without the barrier XLA for TPUs may take what made q or k into the product, and the softmax,
+  # which is many times as much, out of it. It stands where the heads are together: apart they would
+  # be copied, which has the same effect.
+  q, k = (rearrange(x, 'b h n d -> b n (h d)') for x in (q, k))
+  q, k = lax.optimization_barrier((q, k))
+  q, k = (rearrange(x, 'b n (h d) -> b h n d', h=heads) for x in (q, k))
   scores = _product('bhtd,bhsd->bhts', q, k)
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   total = jnp.sum(weights, axis=-1, keepdims=True)
+  if divide:
+    weights /= total
   weights = weights.astype(dtype)
   return (weights, total), (q, k, weights)
 
 
-def _backward(_, residuals, gradients):
+def _backward(_, divide, residuals, gradients):
   q, k, weights = residuals
   dweights, dtotal = gradients
+  if divide:
+    dtotal = -jnp.sum(weights * dweights.astype(jnp.float32), axis=-1, keepdims=True)
   # None goes through the largest: any other number in its place would give the same attention.
   dscores = (weights * (dweights + dtotal)).astype(q.dtype)
   dq = _product('bhts,bhsd->bhtd', dscores, k)

@@ -1,50 +1,63 @@
-"""Batch normalisation over groups of images: PyTorch's running variance, a gradient of its own."""
+"""Batch normalisation over groups of images and the linear layer after it, as one product.
+
+A batch norm multiplies and shifts every channel, so the kernel of the linear layer that follows can
+be multiplied in its place: the normalised maps are never written. The gradient has a like form. The
+two sums over the maps that a batch norm's gradient needs are sums over the gradient of that kernel,
+which is small and there anyway. Running variances are PyTorch's.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Float
+
+from cvt_flax.ops import linear
 
 
-def normalize(
+def project(
   x: Float[Array, 'b h w c'],
   mean: Float[Array, ' c'],
   var: Float[Array, ' c'],
   scale: Float[Array, ' c'],
-  bias: Float[Array, ' c'],
+  shift: Float[Array, ' c'],
+  kernel: Float[Array, 'c features'],
+  bias: Float[Array, ' features'],
   epsilon: float,
-) -> Float[Array, 'b h w c']:
-  """Returns (x - mean) / sqrt(var + epsilon) * scale + bias with given statistics, in float32."""
-  factor = lax.rsqrt(var + epsilon) * scale
-  return x.astype(jnp.float32) * factor + (bias - mean * factor)
+) -> Float[Array, 'b h w features']:
+  """Returns ((x - mean) / sqrt(var + epsilon) * scale + shift) kernel + bias, in x's dtype."""
+  gain = lax.rsqrt(var + epsilon) * scale
+  y, _ = _folded_product(x[None], mean[None], gain[None], shift, kernel, bias)
+  return y[0]
 
 
-def normalize_groups(
+def project_groups(
   x: Float[Array, 'b h w c'],
   scale: Float[Array, ' c'],
-  bias: Float[Array, ' c'],
+  shift: Float[Array, ' c'],
+  kernel: Float[Array, 'c features'],
+  bias: Float[Array, ' features'],
   group_size: int,
   epsilon: float,
-  dtype: DTypeLike = jnp.float32,
-) -> tuple[Float[Array, 'b h w c'], Float[Array, ' c'], Float[Array, ' c']]:
-  """Normalises every group of `group_size` consecutive images by its own statistics.
+) -> tuple[Float[Array, 'b h w features'], Float[Array, ' c'], Float[Array, ' c']]:
+  """Normalises every group of `group_size` consecutive images by its own statistics, and projects.
 
   A group is what one GPU's batch is to PyTorch's BatchNorm2d under DistributedDataParallel. A
   group that lies within a device needs no communication.
 
   Args:
     x: the maps.
-    scale: gamma.
-    bias: beta.
+    scale: gamma of the batch norm.
+    shift: its beta.
+    kernel: of the linear layer, float32.
+    bias: of the linear layer, float32.
     group_size: images to a group; must divide b. 0 means all b.
     epsilon: added to the variance.
-    dtype: of the maps that are returned; all is computed in float32.
 
   Returns:
-    y: the normalised maps. The variance in it is the biased one, as in PyTorch.
+    y: the projected maps, in x's dtype. The variance in it is the biased one, as in PyTorch.
     mean: over the groups, of each group's mean.
     var: over the groups, of each group's unbiased variance (n / (n - 1) times the biased one, n
       values a channel), which is what PyTorch keeps as the running variance. Neither passes on a
@@ -64,44 +77,75 @@ def normalize_groups(
       'Train with at least 2 images to a group'
     )
   x = rearrange(x, '(g n) h w c -> g n h w c', n=size)
-  y, mean, var = _normalized(x, scale, bias, epsilon, dtype)
+  y, mean, var = _project_groups(x, scale, shift, kernel, bias, epsilon)
   y = rearrange(y, 'g n h w c -> (g n) h w c')
-  mean, var = (lax.stop_gradient(jnp.mean(a, (0, 1, 2, 3))) for a in (mean, var))
+  mean, var = (lax.stop_gradient(jnp.mean(a, 0)) for a in (mean, var))
   return y, mean, var * (n / (n - 1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _normalized(x: Float[Array, 'g n h w c'], scale, bias, epsilon, dtype):
-  """Returns the normalised groups, and their means and variances [g 1 1 1 c] in float32.
-
-  Its gradient takes two sums over the maps. Automatic differentiation makes a chain of them, each
-  over what the one before it gave.
-  """
-  return _forward(x, scale, bias, epsilon, dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _project_groups(x: Float[Array, 'g n h w c'], scale, shift, kernel, bias, epsilon):
+  """Returns the projected groups, and their means and biased variances [g c] in float32."""
+  return _forward(x, scale, shift, kernel, bias, epsilon)[0]
 
 
-def _forward(x, scale, bias, epsilon, dtype):
-  maps = x.astype(jnp.float32)
-  mean = reduce(maps, 'g n h w c -> g 1 1 1 c', 'mean')
-  var = reduce(jnp.square(maps - mean), 'g n h w c -> g 1 1 1 c', 'mean')
+def _forward(x, scale, shift, kernel, bias, epsilon):
+  mean, var = _moments(x)
   factor = lax.rsqrt(var + epsilon)
-  y = (maps - mean) * (factor * scale) + bias
-  return (y.astype(dtype), mean, var), (x, scale, mean, factor)
+  y, folded = _folded_product(x, mean, factor * scale, shift, kernel, bias)
+  return (y, mean, var), (x, scale, shift, kernel, mean, factor, folded)
 
 
-def _backward(_epsilon, _dtype, residuals, gradients):
-  x, scale, mean, factor = residuals
+def _backward(_epsilon, residuals, gradients):
+  x, scale, shift, kernel, mean, factor, folded = residuals
   g, *_ = gradients  # the statistics pass none on
-  # Without the barrier XLA would keep float32 copies of bfloat16 maps.
-  maps, g = (a.astype(jnp.float32) for a in lax.optimization_barrier((x, g)))
-  normal = (maps - mean) * factor
-  # What moves a group's mean, and what moves its variance, does not move the result.
-  along_mean = reduce(g, 'g n h w c -> g 1 1 1 c', 'mean')
-  along_map = reduce(g * normal, 'g n h w c -> g 1 1 1 c', 'mean')
-  dx = (g - along_mean - normal * along_map) * (factor * scale)
+  gain = factor * scale
   values = x[0, ..., 0].size
-  dscale, dbias = (values * jnp.sum(a, (0, 1, 2, 3)) for a in (along_map, along_mean))
-  return dx.astype(x.dtype), dscale, dbias
+  # The sums over a group's values of what is commented, from the two that are over maps.
+  g_sum = jnp.sum(g.astype(jnp.float32), (1, 2, 3))  # g: [g features]
+  xg_sum = jax.vmap(linear.kernel_gradient)(x, g)  # x g: [g c features]
+  xg_sum -= mean[:, :, None] * g_sum[:, None]  # (x - mean) g
+  dkernel = _exact('gc,gcf->cf', gain, xg_sum) + _exact('c,gf->cf', shift, g_sum)
+  dshift = _exact('gf,cf->gc', g_sum, kernel)  # the normalised map's gradient
+  dscale = factor * _exact('gcf,cf->gc', xg_sum, kernel)  # that, times the normalised map
+  # What moves a group's mean, and what moves its variance, does not move the result.
+  slope = gain * factor * dscale / values
+  level = gain * dshift / values - slope * mean
+  dx = _product(g, folded.swapaxes(1, 2)) - _wide(slope) * x - _wide(level)
+  return dx.astype(x.dtype), dscale.sum(0), dshift.sum(0), dkernel, g_sum.sum(0)
 
 
-_normalized.defvjp(_forward, _backward)
+_project_groups.defvjp(_forward, _backward)
+
+
+def _moments(x):
+  """Returns the mean and the biased variance of every channel of every group [g c], in float32."""
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(x32, (1, 2, 3))
+  if x.dtype == jnp.float32:
+    return mean, jnp.mean(jnp.square(x32 - _wide(mean)), (1, 2, 3))
+  # In one pass. The difference of the two means loses digits when the mean is large, but always
+  # fewer than rounding the values to 8 bits has lost.
+  return mean, jnp.maximum(jnp.mean(jnp.square(x32), (1, 2, 3)) - jnp.square(mean), 0)
+
+
+def _folded_product(x, mean, gain, shift, kernel, bias):
+  """Returns the groups normalised and projected, and the kernels that did both [g c features]."""
+  folded = (gain[:, :, None] * kernel).astype(x.dtype)
+  # Of the mean the very product that it has in x, rounded kernel and all, is taken away.
+  level = _exact('c,cf->f', shift, kernel) + bias - _exact('gc,gcf->gf', mean, folded)
+  return (_product(x, folded) + _wide(level)).astype(x.dtype), folded
+
+
+def _product(x, kernels):
+  return jnp.einsum('gnhwc,gcf->gnhwf', x, kernels, preferred_element_type=jnp.float32)
+
+
+def _exact(equation, *operands):
+  """Returns an einsum of small operands in float32, of all their digits on every platform."""
+  operands = (a.astype(jnp.float32) for a in operands)
+  return jnp.einsum(equation, *operands, precision=lax.Precision.HIGHEST)
+
+
+def _wide(a: Float[Array, 'g c']) -> Float[Array, 'g 1 1 1 c']:
+  return a[:, None, None, None]

@@ -42,7 +42,14 @@ def layer_norm(
 def _forward(x, scale, bias, epsilon, dtype):
   rows = x.astype(jnp.float32)
   mean = jnp.mean(rows, axis=-1, keepdims=True)
-  factor = lax.rsqrt(jnp.mean(jnp.square(rows - mean), axis=-1, keepdims=True) + epsilon)
+  if x.dtype == jnp.float32:
+    var = jnp.mean(jnp.square(rows - mean), axis=-1, keepdims=True)
+  else:
+    # In one pass. The difference of the two means loses digits when the mean is large, but always
+    # fewer than rounding the values to 8 bits has lost.
+    squares = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
+    var = jnp.maximum(squares - jnp.square(mean), 0)
+  factor = lax.rsqrt(var + epsilon)
   y = (rows - mean) * (factor * scale) + bias
   return y.astype(dtype), (x, scale, mean, factor)
 

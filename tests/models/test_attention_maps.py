@@ -52,7 +52,7 @@ def test_maps_are_the_weights_attended_with(name, monkeypatch):
     assert found.shape == (2, options.num_heads, height, width)
     assert found.dtype == np.float32
     if options.cls_token:
-      weights = weights[:, :, 0, 1:]
+      weights = weights[:, :, -1, :-1]
     else:
       weights = weights.mean(2)
       np.testing.assert_allclose(np.sum(found, (2, 3)), 1, rtol=1e-5)

@@ -51,6 +51,10 @@ def test_the_gradient_of_a_dense_kernel_transposes_nothing():
   assert 'dot(' in compiled and 'transpose(' not in re.sub('metadata={.*?}', '', compiled)
 
 
+# A linear layer that changes nothing.
+SAME = jnp.eye(6), jnp.zeros(6)
+
+
 def test_batch_norm_against_pytorch(peer):
   torch = peer('torch')
   theirs = torch.nn.BatchNorm2d(6)
@@ -60,9 +64,9 @@ def test_batch_norm_against_pytorch(peer):
     theirs.state_dict() | {'weight': torch.tensor(scale), 'bias': torch.tensor(bias)}
   )
   ours = BatchNorm()
-  variables = ours.init(jax.random.key(0), batches(1)[0], False)
+  variables = ours.init(jax.random.key(0), batches(1)[0], *SAME, False)
   variables = {**variables, 'params': {'scale': scale, 'bias': bias}}
-  train = jax.jit(lambda v, x: ours.apply(v, x, True, mutable=['batch_stats']))
+  train = jax.jit(lambda v, x: ours.apply(v, x, *SAME, True, mutable=['batch_stats']))
 
   def compare(actual, x):
     expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2)))
@@ -75,18 +79,18 @@ def test_batch_norm_against_pytorch(peer):
     close(variables['batch_stats']['mean'], theirs.running_mean.numpy())
     close(variables['batch_stats']['var'], theirs.running_var.numpy())
   theirs.eval()
-  compare(ours.apply(variables, x, False), x)
+  compare(ours.apply(variables, x, *SAME, False), x)
 
 
 def test_running_statistics_move_by_a_tenth():
   ours = BatchNorm()
   x, second = batches(2)
-  variables = ours.init(jax.random.key(0), x, True)
+  variables = ours.init(jax.random.key(0), x, *SAME, True)
   np.testing.assert_array_equal(variables['batch_stats']['mean'], np.zeros(6))
   np.testing.assert_array_equal(variables['batch_stats']['var'], np.ones(6))
   mean, var = 0.0, 1.0
   for batch in (x, second):
-    _, updates = ours.apply(variables, batch, True, mutable=['batch_stats'])
+    _, updates = ours.apply(variables, batch, *SAME, True, mutable=['batch_stats'])
     variables |= updates
     mean = 0.9 * mean + 0.1 * batch.mean((0, 1, 2), np.float64)
     var = 0.9 * var + 0.1 * batch.var((0, 1, 2), np.float64, ddof=1)
@@ -97,18 +101,18 @@ def test_running_statistics_move_by_a_tenth():
 def test_running_statistics_are_the_mean_over_groups():
   (x,) = batches(1)
   ours = BatchNorm(group_size=2)
-  variables = ours.init(jax.random.key(0), x, False)
-  _, updates = ours.apply(variables, x, True, mutable=['batch_stats'])
+  variables = ours.init(jax.random.key(0), x, *SAME, False)
+  _, updates = ours.apply(variables, x, *SAME, True, mutable=['batch_stats'])
   var = np.mean([x[:2].var((0, 1, 2), ddof=1), x[2:].var((0, 1, 2), ddof=1)], 0)
   close(updates['batch_stats']['var'], 0.9 + 0.1 * var)
 
 
 def test_batch_norm_statistics_stay_float32():
-  ours = BatchNorm(dtype=jnp.bfloat16)
+  ours = BatchNorm()
   x = batches(1)[0].astype(jnp.bfloat16)
-  variables = ours.init(jax.random.key(0), x, False)
-  y, updates = ours.apply(variables, x, True, mutable=['batch_stats'])
-  assert y.dtype == ours.apply(variables, x, False).dtype == jnp.bfloat16
+  variables = ours.init(jax.random.key(0), x, *SAME, False)
+  y, updates = ours.apply(variables, x, *SAME, True, mutable=['batch_stats'])
+  assert y.dtype == ours.apply(variables, x, *SAME, False).dtype == jnp.bfloat16
   assert {a.dtype for a in jax.tree.leaves((variables, updates))} == {jnp.dtype(jnp.float32)}
 
 

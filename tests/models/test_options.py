@@ -178,10 +178,10 @@ def test_images_that_are_too_small():
 def test_key_map_size(projection, stride, kernel, height_width):
   model = CvT(projection=projection, kv_strides=(stride,) * 3, qkv_kernels=(kernel,) * 3)
   options = resolve(model)[0]
-  module = ConvProjection(options, stride, jnp.float32)
+  module = ConvProjection(options, projection, stride, jnp.float32)
 
   def project(key, x):
-    return module.init_with_output(key, x, False)[0]
+    return module.init_with_output(key, x, jnp.zeros((4, 6)), jnp.zeros(6), False)[0]
 
   result = jax.eval_shape(project, jax.random.key(0), jnp.zeros((1, *height_width, 4)))
-  assert result.shape == (1, *options.key_map_size(*height_width), 4)
+  assert result.shape == (1, *options.key_map_size(*height_width), 6)

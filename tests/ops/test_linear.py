@@ -1,10 +1,11 @@
 """A linear layer's product and its gradient, against NumPy in float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvt_flax.ops.linear import apart, linear, merged
+from cvt_flax.ops.linear import apart, apart_in_tiles, in_tiles, linear, merged
 
 
 def inputs(rows, c=5, features=7):
@@ -38,11 +39,34 @@ def test_value_and_gradients(rows):
   close(dkernel, kernel_gradient(x, g))
 
 
-@pytest.mark.parametrize('form', [merged, apart])
-@pytest.mark.parametrize('rows', [(), (1,), (6,), (2, 9), (2, 3, 4)])
-def test_both_forms_of_the_gradient(rows, form):
+ROWS = [(), (1,), (6,), (2, 9), (9, 9), (2, 16), (2, 3, 4)]
+
+
+@pytest.mark.parametrize('rows', ROWS)
+def test_the_product_in_tiles(rows):
+  x, kernel, _ = inputs(rows)
+  close(in_tiles(x, kernel), x.astype(np.float64) @ kernel)
+
+
+@pytest.mark.parametrize('form', [merged, apart, apart_in_tiles])
+@pytest.mark.parametrize('rows', ROWS)
+def test_all_forms_of_the_gradient(rows, form):
   x, _, g = inputs(rows)
   close(form(x, g), kernel_gradient(x, g))
+
+
+@pytest.mark.parametrize('form', [merged, apart, apart_in_tiles])
+def test_gradients_of_bfloat16_are_summed_in_float32(form):
+  x, g = (jnp.ones((4, 129, 2), jnp.bfloat16),) * 2
+  np.testing.assert_array_equal(form(x, g), np.full((2, 2), 4 * 129, np.float32))
+
+
+def test_an_odd_number_of_tokens_is_turned_on_tpu_alone():
+  x, kernel, _ = inputs((2, 9))
+  product = jax.jit(linear).trace(x, kernel)
+  for platform, turned in {'cpu': False, 'tpu': True, 'cuda': False}.items():
+    text = product.lower(lowering_platforms=(platform,)).as_text()
+    assert ('tensor<9x2x7xf32>' in text) == turned, platform
 
 
 def test_rows_are_merged_on_cpu_alone():

@@ -36,7 +36,8 @@ class Probe(nn.Module):
   @nn.compact
   def __call__(self, images, train=False):
     x = images[:, :2, :2].reshape(len(images), 1, 1, -1)
-    x = BatchNorm(self.bn_group_size, name='bn')(x, train)[:, 0, 0]
+    same = jnp.eye(x.shape[-1]), jnp.zeros(x.shape[-1])  # a linear layer that changes nothing
+    x = BatchNorm(self.bn_group_size, name='bn')(x, *same, train)[:, 0, 0]
     x = nn.Dropout(self.drop_rate, deterministic=not train)(x)
     return nn.Dense(self.num_classes, name='head')(x)
 
