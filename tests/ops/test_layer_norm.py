@@ -65,3 +65,13 @@ def test_dtypes():
   expected = by_hand(np.asarray(x, np.float32), scale, bias, np.asarray(g, np.float32))
   for a, e, digits in zip(actual, expected, (2**-8, 2**-8, 1e-5, 1e-5), strict=True):
     np.testing.assert_allclose(a.astype(np.float32), e, rtol=digits, atol=1e-5 * np.abs(e).max())
+
+
+@pytest.mark.parametrize('mean', [8, 64])
+def test_a_large_mean_of_bfloat16_rows(mean):
+  """The variance is the difference of two means, which is exact enough for what x still says."""
+  x, scale, bias, _ = inputs((64, 48))
+  x = jnp.asarray(x + np.float32(mean), jnp.bfloat16)
+  y = layer_norm(x, scale, bias, EPSILON)
+  expected = by_hand(np.asarray(x, np.float32), scale, bias, np.zeros(x.shape))[0]
+  np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
