@@ -101,13 +101,13 @@ def _backward(_epsilon, residuals, gradients):
   g, *_ = gradients  # the statistics pass none on
   gain = factor * scale
   values = x[0, ..., 0].size
-  # The sums over a group's values of what is commented, from the two that are over maps.
-  g_sum = jnp.sum(g.astype(jnp.float32), (1, 2, 3))  # g: [g features]
-  xg_sum = jax.vmap(linear.kernel_gradient)(x, g)  # x g: [g c features]
-  xg_sum -= mean[:, :, None] * g_sum[:, None]  # (x - mean) g
+  # Two sums over a group's maps, of g [g features] and of (x - mean) g [g c features]; all other
+  # gradients are made of them.
+  g_sum = jnp.sum(g.astype(jnp.float32), (1, 2, 3))
+  xg_sum = jax.vmap(linear.kernel_gradient)(x, g) - mean[:, :, None] * g_sum[:, None]
   dkernel = _exact('gc,gcf->cf', gain, xg_sum) + _exact('c,gf->cf', shift, g_sum)
-  dshift = _exact('gf,cf->gc', g_sum, kernel)  # the normalised map's gradient
-  dscale = factor * _exact('gcf,cf->gc', xg_sum, kernel)  # that, times the normalised map
+  dshift = _exact('gf,cf->gc', g_sum, kernel)
+  dscale = factor * _exact('gcf,cf->gc', xg_sum, kernel)
   # What moves a group's mean, and what moves its variance, does not move the result.
   slope = gain * factor * dscale / values
   level = gain * dshift / values - slope * mean
