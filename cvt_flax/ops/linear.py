@@ -39,8 +39,8 @@ def kernel_gradient(
 def in_tiles(x, kernel):
   """The form of the product for TPU.
 
-  A class token makes the tokens an odd number. With the batch in the rows of the tiles instead, tokens
-  need no padding, and the class token can be cut off without moving the others.
+  A class token makes the tokens an odd number. With the batch in the rows of the tiles instead,
+  tokens need no padding, and the class token can be cut off without moving the others.
   """
   if _fits(x):
     return x @ kernel
