@@ -17,12 +17,14 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.attention_maps import attention_maps
   from cvt_flax.models.compact import CompactViT
   from cvt_flax.models.cvt import CvT
+  from cvt_flax.models.fold import fold
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
   from cvt_flax.training.plan import plan
   from cvt_flax.training.predict import predict_dataset
   from cvt_flax.training.shipped import get_config
+  from cvt_flax.weights.compiled import compile_predict
   from cvt_flax.weights.conversion import convert_weights
   from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
 
@@ -35,8 +37,10 @@ __all__ = [
   'CompactViT',
   'CvT',
   'attention_maps',
+  'compile_predict',
   'convert_weights',
   'create_model',
+  'fold',
   'get_config',
   'list_models',
   'list_pretrained',
@@ -53,8 +57,10 @@ _PLACES = {
   'CompactViT': ('cvt_flax.models.compact', 'CompactViT'),
   'CvT': ('cvt_flax.models.cvt', 'CvT'),
   'attention_maps': ('cvt_flax.models.attention_maps', 'attention_maps'),
+  'compile_predict': ('cvt_flax.weights.compiled', 'compile_predict'),
   'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),
   'create_model': ('cvt_flax.models.zoo', 'create_model'),
+  'fold': ('cvt_flax.models.fold', 'fold'),
   'get_config': ('cvt_flax.training.shipped', 'get_config'),
   'list_models': ('cvt_flax.models.zoo', 'list_models'),
   'list_pretrained': ('cvt_flax.weights.pretrained', 'list_pretrained'),

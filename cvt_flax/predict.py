@@ -64,26 +64,18 @@ def predict_images(
     UserError: the weights or an image cannot be read, there is no image, or the model has no
       classifier or is not for colour images.
   """
-  import jax  # here, so that a command line with wrong arguments says so at once
-  import jax.numpy as jnp
-  import numpy as np
+  import numpy as np  # here, so that a command line with wrong arguments says so at once
 
   from cvt_flax.data import images as pictures
-  from cvt_flax.ops.logits import class_logits, num_classes
-  from cvt_flax.ops.pixels import normalize_pixels
   from cvt_flax.weights import pretrained
+  from cvt_flax.weights.compiled import compile_predict
 
   paths = _check(images, top, image_size, batch_size)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = pretrained.classifier(weights, image_size)
+  _, steps = pretrained.classifier(weights, image_size)
   names = weights.description.class_names
-  top = min(top, num_classes(model.num_classes))
-
-  @jax.jit
-  def classify(variables, batch):
-    logits = class_logits(model.apply(variables, normalize_pixels(batch, steps.mean, steps.std)))
-    return jax.lax.top_k(jax.nn.softmax(logits), top)
+  predict = compile_predict(weights, [min(batch_size, len(paths))], image_size)
 
   def read(path):
     try:
@@ -92,19 +84,17 @@ def predict_images(
       raise UserError(f'{path}: {e.strerror}') from e
     return pictures.prepare(data, str(path), steps.image_size, steps.crop_ratio)
 
-  variables = jax.device_put(weights.variables)
   for start in range(0, len(paths), batch_size):
     part = paths[start : start + batch_size]
-    pixels = np.stack([read(path) for path in part])
-    padding = batch_size - len(part) if len(paths) > batch_size else 0
-    pixels = np.pad(pixels, [(0, padding), (0, 0), (0, 0), (0, 0)])
-    probabilities, classes = jax.device_get(classify(variables, jnp.asarray(pixels)))
-    for path, found, shares in zip(part, classes, probabilities, strict=False):
+    probabilities = predict(np.stack([read(path) for path in part]))
+    classes = np.argsort(-probabilities, axis=1, kind='stable')[:, :top]
+    shares = np.take_along_axis(probabilities, classes, axis=1)
+    for path, found, its in zip(part, classes.tolist(), shares.tolist(), strict=True):
       yield Prediction(
         str(path),
-        tuple(found.tolist()),
-        tuple(names[i] if names else f'class {i}' for i in found.tolist()),
-        tuple(shares.tolist()),
+        tuple(found),
+        tuple(names[i] if names else f'class {i}' for i in found),
+        tuple(its),
       )
 
 

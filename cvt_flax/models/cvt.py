@@ -62,9 +62,10 @@ class ConvEmbed(nn.Module):
 
 
 class ConvProjection(nn.Module):
-  """A linear layer over a map, and what stands before it: 'dw_bn', 'avg' or 'linear'.
+  """A linear layer over a map, and what stands before it: 'dw_bn', 'dw', 'avg' or 'linear'.
 
-  'dw_bn' is a depthwise convolution and a batch norm, 'avg' average pooling, 'linear' nothing.
+  'dw_bn' is a depthwise convolution and a batch norm, 'dw' the convolution alone, 'avg' average
+  pooling, 'linear' nothing.
   """
 
   options: StageOptions
@@ -82,8 +83,13 @@ class ConvProjection(nn.Module):
   ) -> Float[Array, 'b h2 w2 features']:
     o = self.options
     match self.kind:
-      case 'dw_bn':
-        x = DepthwiseConv(o.qkv_kernel, self.stride, o.qkv_padding, self.dtype, name='conv')(x)
+      case 'dw_bn' | 'dw':
+        alone = self.kind == 'dw'
+        x = DepthwiseConv(
+          o.qkv_kernel, self.stride, o.qkv_padding, alone and o.dw_bias, self.dtype, name='conv'
+        )(x)
+        if alone:
+          return dense(x, kernel, bias)
         return BatchNorm(o.bn_group_size, name='bn')(x, kernel, bias, train)
       case 'avg':
         return dense(average_pool(x, o.qkv_kernel, self.stride, o.qkv_padding), kernel, bias)
@@ -248,14 +254,14 @@ class CvT(nn.Module):
     pos_embed: side of the square map that the stage's learnt position embedding is for; maps of
       another size get it resized. 0 is none, and so is (): the convolutions tell positions, as the
       paper's table 5 has it.
-    projection: 'dw_bn' (depthwise convolution and batch norm), 'avg' (pooled keys and values) or
-      'linear'.
+    projection: 'dw_bn' (depthwise convolution and batch norm), 'dw' (the convolution alone, as
+      `cvt_flax.fold` leaves it), 'avg' (pooled keys and values) or 'linear'.
     qkv_kernels: kernel of the projections, padded by kernel // 2 on each side; () is 3. Not for
       'linear'.
     q_strides: stride of the query convolution; () is 1, the only one that keeps the residual's
-      shape. For 'dw_bn'.
+      shape. For 'dw_bn' and 'dw'.
     kv_strides: stride of keys and values; () is 2. Not for 'linear'.
-    shared_kv: keys and values share one depthwise convolution ('dw_bn').
+    shared_kv: keys and values share one depthwise convolution ('dw_bn' and 'dw').
     head_dim: channels of a head; 0 is embed_dim // num_heads.
     attention_scale: 'embed_dim' (scores times embed_dim ** -0.5, as the authors do) or 'head_dim'.
     qkv_bias, out_bias, mlp_bias: whether those linear layers have a bias.

@@ -69,7 +69,7 @@ def multiply_adds(model: CvT | CompactViT, height: int, width: int) -> int:
     key_area = keys - int(o.cls_token)
     total += area * dim * channels * o.patch_size**2
     block = 0
-    if o.projection == 'dw_bn':
+    if o.projection in ('dw_bn', 'dw'):
       maps_of_keys = 1 if o.shared_kv else 2
       block += (area + maps_of_keys * key_area) * dim * o.qkv_kernel**2
     block += (stage.tokens + 2 * keys) * dim * inner  # q, k and v

@@ -84,27 +84,31 @@ class LayerNorm(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-  """A depthwise convolution without bias; see `cvt_flax.ops.depthwise` for its two forms.
+  """A depthwise convolution; see `cvt_flax.ops.depthwise` for its two forms.
 
   Attributes:
     kernel_size: height and width.
     stride: in both directions.
     padding: zeros on each side.
+    use_bias: whether it has a bias.
     dtype: of the computation.
   """
 
   kernel_size: int
   stride: int
   padding: int
+  use_bias: bool = False
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h2 w2 c']:
     shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
-    kernel = self.param('kernel', uniform_init(self.kernel_size**2), shape)
-    return depthwise_conv(
-      x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding
-    )
+    init = uniform_init(self.kernel_size**2)
+    kernel = self.param('kernel', init, shape)
+    x = depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+    if not self.use_bias:
+      return x
+    return x + self.param('bias', init, shape[-1:]).astype(self.dtype)
 
 
 class DenseParameters(nn.Module):

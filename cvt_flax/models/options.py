@@ -16,7 +16,7 @@ from cvt_flax.ops.pooling import pooled_size
 if typing.TYPE_CHECKING:
   from cvt_flax.models.cvt import CvT
 
-PROJECTIONS = ('dw_bn', 'avg', 'linear')
+PROJECTIONS = ('dw_bn', 'dw', 'avg', 'linear')
 ATTENTION_SCALES = ('embed_dim', 'head_dim')
 POOLS = ('cls', 'seq', 'mean')
 # Of jax.checkpoint_policies; '' keeps everything.
@@ -58,6 +58,14 @@ class StageOptions:
   def qkv_padding(self) -> int:
     return self.qkv_kernel // 2
 
+  @property
+  def dw_bias(self) -> bool:
+    """Whether a depthwise convolution alone has a bias: where the linear layer's does not do.
+
+    A class token goes through the linear layer and not through the convolution.
+    """
+    return self.cls_token or not self.qkv_bias
+
   def drop_path_schedule(self) -> list[float]:
     """Returns the drop path rate of every block: linear from 0 to drop_path_rate."""
     return np.linspace(0, self.drop_path_rate, self.depth).tolist()
@@ -73,7 +81,7 @@ class StageOptions:
     """Returns the size of the map of keys (and values) for a stage map of height x width."""
     kernel, stride, padding = self.qkv_kernel, self.kv_stride, self.qkv_padding
     match self.projection:
-      case 'dw_bn':
+      case 'dw_bn' | 'dw':
         return tuple((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
       case 'avg':
         return tuple(pooled_size(n, kernel, stride, padding) for n in (height, width))
@@ -139,6 +147,7 @@ def resolve(model: CvT) -> list[StageOptions]:
 
   unused = {
     'dw_bn': (),
+    'dw': ('bn_group_size',),
     'avg': ('q_strides', 'shared_kv', 'bn_group_size'),
     'linear': ('qkv_kernels', 'q_strides', 'kv_strides', 'shared_kv', 'bn_group_size'),
   }[projection]
@@ -179,7 +188,7 @@ def resolve(model: CvT) -> list[StageOptions]:
       f'q_strides={tuple(columns["q_stride"])}: only 1 fits, attention is added to its input '
       'token by token'
     )
-  if projection == 'dw_bn' and any(kernel % 2 == 0 for kernel in columns['qkv_kernel']):
+  if projection in ('dw_bn', 'dw') and any(kernel % 2 == 0 for kernel in columns['qkv_kernel']):
     raise ValueError(
       f'qkv_kernels={tuple(columns["qkv_kernel"])}: only odd ones fit, an even one with padding '
       'kernel // 2 makes the map of queries larger than that of the tokens'

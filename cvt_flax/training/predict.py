@@ -25,6 +25,7 @@ from cvt_flax.data.folder_source import list_images
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
+from cvt_flax.models.fold import fold
 from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.training import hardware, processes, sharding
@@ -34,7 +35,6 @@ from cvt_flax.weights.description import run_json
 from cvt_flax.weights.preprocessing import Preprocessing
 
 _JOB, _SHARD = 'job.json', 'shard-{:05d}-of-{:05d}.npz'
-_DTYPES = ('', 'float32', 'bfloat16')
 _AHEAD = 2  # batches that devices are given before the results of an earlier one are asked for
 
 
@@ -102,9 +102,7 @@ def predict_dataset(
   images, label_names = _open(source, split, data_dir)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = pretrained.classifier(weights, image_size)
-  if dtype:
-    model = model.clone(dtype=jnp.dtype(dtype))
+  model, steps = pretrained.classifier(weights, image_size, dtype)
   top = min(top, num_classes(model.num_classes))
   folder = storage.path_of(folder)
   job = {
@@ -137,8 +135,9 @@ def predict_dataset(
   left = Subset(images.name, images, rows)
   reading = stream.Reading(jax.process_index(), jax.process_count(), workers, skip_unreadable=True)
   read = stream.eval_batches(left, steps.image_size, steps.crop_ratio, batch_size, reading)
+  model, variables = fold(model, weights.variables)
   compute = _jitted(model, steps, top, features, mesh)
-  variables = sharding.place(weights.variables, sharding.replicated(mesh))
+  variables = sharding.place(variables, sharding.replicated(mesh))
   with (
     Signals() as signals,
     hardware.told_of_memory('--batch_size', batch_size, mesh.size),
@@ -188,8 +187,7 @@ def _check(top, image_size, dtype, batch_size, shard_size, workers):
     least = 0 if name in ('image_size', 'workers') else 1
     if value < least:
       raise UserError(f'{name}={value}: at least {least} is needed')
-  if dtype not in _DTYPES:
-    raise UserError(f'dtype={dtype!r}: float32 or bfloat16 is needed')
+  pretrained.check_dtype(dtype)
 
 
 def _open(source: str, split: str, data_dir: str) -> tuple[Split, tuple[str, ...] | None]:

@@ -258,6 +258,7 @@ _COMMON: _Needs = (
 _NEEDS: dict[str, _Needs] = {
   OFFICIAL.name: (
     *_COMMON,
+    ('projection', "'dw_bn', 'avg' or 'linear'", lambda o: o.projection != 'dw'),
     ('activation', "'quick_gelu'", lambda o: o.activation == 'quick_gelu'),
   ),
   HUGGING_FACE.name: (

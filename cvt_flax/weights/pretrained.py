@@ -147,12 +147,15 @@ def load(
   return _read(file, layout, Description(found, names, steps), layout.name, source, notes, progress)
 
 
-def classifier(weights: Weights, image_size: int = 0) -> tuple[CvT | CompactViT, Preprocessing]:
+def classifier(
+  weights: Weights, image_size: int = 0, dtype: str = ''
+) -> tuple[CvT | CompactViT, Preprocessing]:
   """Returns the model that classifies colour images, and what they go through before it.
 
   Args:
     weights: as `load` returns them.
     image_size: height and width, in pixels, in place of the weights' own; 0 keeps theirs.
+    dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.
 
   Raises:
     UserError: the model has no classifier, or is not for such images.
@@ -171,7 +174,14 @@ def classifier(weights: Weights, image_size: int = 0) -> tuple[CvT | CompactViT,
     raise UserError(str(e)) from e
   if min(min(stage.height, stage.width) for stage in stages) < 1:
     raise UserError(f'images of {size}x{size} are too small for this model')
-  return model, steps
+  check_dtype(dtype)
+  return model.clone(dtype=jax.numpy.dtype(dtype)) if dtype else model, steps
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises a UserError where `dtype` is none that `classifier` takes."""
+  if dtype not in ('', 'float32', 'bfloat16'):
+    raise UserError(f'dtype={dtype!r}: float32 or bfloat16 is needed')
 
 
 def list_pretrained() -> list[str]:

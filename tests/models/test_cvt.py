@@ -30,6 +30,7 @@ CONFIGS = {
   'seq': TINY | dict(cls_token=(), pool='seq'),
   'cls ignored': TINY
   | dict(cls_token=(True, True), pool='mean', final_norm=False, out_bias=False, mlp_bias=False),
+  'dw': TINY | dict(projection='dw'),
   'avg': TINY | dict(projection='avg'),
   'linear': TINY | dict(projection='linear', cls_token=(), pool='mean'),
   'vit-pytorch': TINY
@@ -153,9 +154,10 @@ def without_gradient(model):
         names.add(f'{attention}.conv_proj_k.bn.bias')
   if model.pool == 'seq':
     names.add('seq_pool.score.bias')
-  if model.pool == 'cls' and stages[-1].projection == 'dw_bn':
+  if model.pool == 'cls' and stages[-1].projection in ('dw_bn', 'dw'):
     q = f'stage{len(stages) - 1}.blocks.{stages[-1].depth - 1}.attn.conv_proj_q'
-    names |= {f'{q}.conv.weight', f'{q}.bn.weight', f'{q}.bn.bias'}
+    norm = {f'{q}.bn.weight', f'{q}.bn.bias'}
+    names |= {f'{q}.conv.weight'} | (norm if model.projection == 'dw_bn' else {f'{q}.conv.bias'})
   return names
 
 

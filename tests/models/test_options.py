@@ -52,7 +52,7 @@ REFUSED = [
   (dict(attn_drop_rates=(-0.1, 0.0, 0.0)), r'attn_drop_rates=\(-0\.1, .*: rates from 0'),
   (dict(drop_path_rates=(0.0, 0.0, 1.5)), r'drop_path_rates=\(0\.0, 0\.0, 1\.5\): rates from 0'),
   (dict(projection='dw-bn'), r"projection='dw-bn': one of dw_bn, .*did you mean 'dw_bn'\?"),
-  (dict(projection='conv'), r"projection='conv': one of dw_bn, avg, linear"),
+  (dict(projection='conv'), r"projection='conv': one of dw_bn, dw, avg, linear"),
   (dict(activation='quickgelu'), r"activation='quickgelu': .*did you mean 'quick_gelu'\?"),
   (dict(attention_scale='dim'), r"attention_scale='dim': one of embed_dim, head_dim"),
   (dict(pool='max'), r"pool='max': one of cls, seq, mean"),

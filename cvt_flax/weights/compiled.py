@@ -1,0 +1,98 @@
+"""A classifier compiled once, for any number of images."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cvt_flax.errors import UserError
+from cvt_flax.models.fold import fold
+from cvt_flax.ops.logits import class_logits, num_classes
+from cvt_flax.ops.pixels import normalize_pixels
+from cvt_flax.weights import pretrained
+
+
+def compile_predict(
+  weights: str | pathlib.Path | pretrained.Weights,
+  batch_sizes: Sequence[int] = (1, 8, 64),
+  image_size: int = 0,
+  dtype: str = '',
+) -> Callable[[UInt8[np.ndarray, 'n h w 3']], Float[np.ndarray, 'n classes']]:
+  """Returns a function that classifies images, compiled here and never again.
+
+      predict = compile_predict('cvt-13/', dtype='bfloat16')
+      probabilities = predict(pixels)  # uint8 [n 224 224 3], for any n
+
+  Batch norms are folded (`cvt_flax.fold`). There is one program for each of `batch_sizes`, and
+  images are padded to one of these or divided among several: fewer than twice as many are computed
+  as there are, unless there are less than the smallest. Several threads may call it at once.
+
+  Args:
+    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    batch_sizes: images of a batch; one program is compiled for each.
+    image_size: height and width in place of the weights' own; 0 keeps theirs.
+    dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.
+
+  Returns:
+    A function from uint8 images [n h w 3], resized and cropped as the weights' preprocessing says,
+    to the probabilities of all classes, float32 [n classes].
+
+  Raises:
+    UserError: the weights cannot be read, or the model has no classifier or is not for colour
+      images; of the function: images of another shape or dtype.
+  """
+  sizes = sorted(set(batch_sizes))
+  if not sizes or sizes[0] < 1:
+    raise UserError(f'batch_sizes={tuple(batch_sizes)}: numbers of images from 1 on are needed')
+  if not isinstance(weights, pretrained.Weights):
+    weights = pretrained.load(weights)
+  model, steps = pretrained.classifier(weights, image_size, dtype)
+  model, variables = fold(model, weights.variables)
+  variables = jax.device_put(variables)
+  image = (steps.image_size, steps.image_size, 3)
+
+  @jax.jit
+  def classify(variables, pixels):
+    logits = model.apply(variables, normalize_pixels(pixels, steps.mean, steps.std))
+    return jax.nn.softmax(class_logits(logits))
+
+  programs = {
+    n: classify.lower(variables, jax.ShapeDtypeStruct((n, *image), np.uint8)).compile()
+    for n in sizes
+  }
+
+  def predict(images):
+    images = np.asarray(images)
+    if images.shape[1:] != image or images.dtype != np.uint8:
+      raise UserError(
+        f'images {list(images.shape)} of {images.dtype}: uint8 images '
+        f'[n {" ".join(map(str, image))}] are needed'
+      )
+    computed, start = [], 0
+    while start < len(images):
+      size = batch_size(sizes, len(images) - start)
+      part = images[start : start + size]
+      padding = [(0, size - len(part)), (0, 0), (0, 0), (0, 0)]
+      computed.append((programs[size](variables, np.pad(part, padding)), len(part)))
+      start += size
+    # All batches are under way before the first one is waited for.
+    rows = [np.asarray(probabilities)[:count] for probabilities, count in computed]
+    return np.concatenate([np.zeros((0, num_classes(model.num_classes)), np.float32), *rows])
+
+  return predict
+
+
+def batch_size(sizes: Sequence[int], count: int) -> int:
+  """Returns which of the sizes, in rising order, the next batch of `count` images has.
+
+  The smallest that holds them if they fill more than half of it, otherwise the largest that they
+  fill.
+  """
+  holds = next((size for size in sizes if size >= count), sizes[-1])
+  if 2 * count > holds:
+    return holds
+  return max((size for size in sizes if size <= count), default=holds)
