@@ -7,7 +7,6 @@ Prints a table and writes what was measured to benchmarks/results/. See benchmar
 
 # ruff: noqa: E402  (the project is found before it is imported)
 
-import argparse
 import pathlib
 import statistics
 import sys
@@ -65,7 +64,7 @@ def apart(params, heads):
 
 def main():
   arguments = parse()
-  if not arguments.busy:
+  if not (arguments.busy or arguments.quick):
     common.refuse_busy('They would take turns with both contestants')
   model = create_model('mcvit', 10)
   rng = np.random.default_rng(0)
@@ -90,6 +89,8 @@ def main():
     for what, contestants in compiled.items()
   }
   print(table(results))
+  if arguments.quick:
+    return
   record = {
     'arguments': vars(arguments),
     'logits_differ_by': float(difference),
@@ -107,9 +108,7 @@ def main():
 
 
 def parse():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__)
   parser.add_argument('--batch', type=int, default=256, help='images')
   parser.add_argument('--rounds', type=int, default=9, help='at least 5')
   parser.add_argument('--steps', type=int, default=5, help='timed calls of each, in each round')
@@ -117,6 +116,8 @@ def parse():
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
+  if arguments.quick:
+    arguments.batch, arguments.rounds, arguments.steps = 8, 1, 1
   return arguments
 
 

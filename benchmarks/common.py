@@ -1,5 +1,6 @@
 """What the benchmarks share: whether the machine is quiet, what it is, and where results go."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -12,6 +13,19 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Cores' worth of work by other programs that still counts as a quiet machine.
 QUIET = 0.1
+
+
+def parser(description):
+  """Returns a parser with what all programs here understand."""
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--quick',
+    action='store_true',
+    help='try the tool: all in small, on a busy machine too; nothing is written',
+  )
+  return parser
 
 
 def cores():

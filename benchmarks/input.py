@@ -9,7 +9,6 @@ alone.
 
 # ruff: noqa: E402  (the path is set before what is ours is imported)
 
-import argparse
 import ast
 import contextlib
 import dataclasses
@@ -85,20 +84,22 @@ class Contestant:
 
 def main():
   arguments = parse()
-  if not arguments.busy:
+  if not (arguments.busy or arguments.quick):
     common.refuse_busy('Both sides want all cores, and it is chance which gets them')
   start = common.usage()
   with contextlib.ExitStack() as stack:
     folder = arguments.images
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
-      make_images(pathlib.Path(folder))
-    paths = find_images(folder)
+      make_images(pathlib.Path(folder), arguments.most)
+    paths = find_images(folder, arguments.most)
     described = describe(paths)
     results = {task: alternate(contestants(task), paths, arguments.rounds) for task in TASKS}
   print('{images} JPEGs, mean {bytes:.0f} bytes, {width:.0f} x {height:.0f}\n'.format(**described))
   print(rate_table(results), core_table(results['train']), sep='\n\n', end='\n\n')
   print(need_table(results['train'], arguments.chip_rate))
+  if arguments.quick:
+    return
   record = {
     'arguments': vars(arguments),
     'hardware': {'processor': common.processor(), 'cores': common.cores()},
@@ -111,9 +112,7 @@ def main():
 
 
 def parse():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__)
   parser.add_argument('--images', help='a folder of JPEGs; without it some are made')
   parser.add_argument('--rounds', type=int, default=10, help='at least 5')
   parser.add_argument(
@@ -123,11 +122,14 @@ def parse():
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
+  arguments.most = IMAGES
+  if arguments.quick:
+    arguments.most, arguments.rounds = BATCH, 2
   return arguments
 
 
-def make_images(folder):
-  """Writes JPEGs like ImageNet's in size and bytes: cuts of a few photographs, some mirrored."""
+def make_images(folder, count):
+  """Writes `count` JPEGs like ImageNet's in size and bytes: cuts of photographs, some mirrored."""
   from sklearn import datasets
 
   from cvt_flax.data import augment
@@ -136,7 +138,7 @@ def make_images(folder):
   photographs = [Image.open(io.BytesIO((data / name).read_bytes())) for name in SKIMAGE_FILES]
   photographs += [Image.fromarray(datasets.load_sample_image(name)) for name in SKLEARN_FILES]
   rng = np.random.default_rng(0)
-  for number in range(IMAGES):
+  for number in range(count):
     photograph = photographs[number % len(photographs)]
     width, height = SIZES[rng.integers(len(SIZES))]
     aspect = (width / height, width / height)
@@ -147,8 +149,8 @@ def make_images(folder):
     image.save(folder / f'{number:04}.jpg', quality=QUALITY)
 
 
-def find_images(folder):
-  """Returns the paths of at most `IMAGES` JPEGs below a folder, spread over all there are."""
+def find_images(folder, most):
+  """Returns the paths of at most `most` JPEGs below a folder, spread over all there are."""
   paths = sorted(
     str(path.absolute())
     for path in pathlib.Path(folder).rglob('*')
@@ -156,7 +158,7 @@ def find_images(folder):
   )
   if len(paths) < BATCH:
     sys.exit(f'{len(paths)} JPEGs below {folder}, which do not make a batch of {BATCH}')
-  places = np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(int)
+  places = np.linspace(0, len(paths) - 1, min(len(paths), most)).astype(int)
   return [paths[place] for place in places]
 
 

@@ -1,4 +1,4 @@
-"""CvT against Hugging Face's in PyTorch and a plain Flax port: forward pass and training step.
+"""CvT against Hugging Face's in PyTorch and a plain Flax port: inference and training step.
 
     python benchmarks/model.py --model=cvt-13 --size=224 --batch=8
 
@@ -7,7 +7,8 @@ Prints a table and writes what was measured to benchmarks/results/. See benchmar
 
 # ruff: noqa: E402  (the environment is set before JAX and transformers are imported)
 
-import argparse
+import contextlib
+import functools
 import os
 import pathlib
 import statistics
@@ -29,26 +30,29 @@ import transformers
 from benchmarks import common
 from benchmarks.plain import plain
 from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, adamw, train_step
-from cvt_flax import create_model
+from cvt_flax import create_model, fold
 from cvt_flax.models.zoo import VARIANTS
 from cvt_flax.weights.layouts import HUGGING_FACE
 
+COMPILATIONS = 3  # rounds of them
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 
 
 def main():
   arguments = parse()
-  if not arguments.busy:
+  if not (arguments.busy or arguments.quick):
     common.refuse_busy(
       "PyTorch's threads wait for each other by spinning, which then costs it many times the work: "
       'ratios would be wrong'
     )
   torch.set_num_threads(common.cores())
   # float32 means float32 on both sides, also where the hardware has a faster format.
-  jax.config.update('jax_default_matmul_precision', 'highest')
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
-  model = create_model(arguments.model, drop_path_rates=(), activation=arguments.activation)
+  attributes = {'drop_path_rates': (), 'activation': arguments.activation}
+  if arguments.quick:
+    attributes['depths'] = (1, 2, 3)
+  model = create_model(arguments.model, **attributes)
   device = {'cpu': 'cpu', 'gpu': 'cuda'}[jax.default_backend()]
   peer = huggingface(model).to(device)
   state = {name: tensor.cpu().numpy() for name, tensor in peer.state_dict().items()}
@@ -58,32 +62,60 @@ def main():
   images = rng.normal(size=(arguments.batch, 3, arguments.size, arguments.size))
   images = images.astype(np.float32)
   labels = rng.integers(model.num_classes, size=arguments.batch)
-  difference = compare_logits(model, variables, peer, images)
+  with jax.default_matmul_precision('highest'):
+    difference = compare_logits(model, variables, peer, images)
   print(f'logits with the exact GELU on all sides agree to {difference:.1e}', file=sys.stderr)
 
-  theirs = {'PyTorch eager': peer}
+  if device == 'cuda':
+    peer.to(memory_format=torch.channels_last)  # convolutions there are faster so
+  theirs = {'PyTorch eager': Torch(peer, device, arguments.dtype)}
   if arguments.compile:
-    theirs['PyTorch compiled'] = torch.compile(peer)
-  ours = {'cvt_flax': model, 'a plain Flax port': plain(model)}
-  results, start = {}, common.usage()
-  for what, our, their in (
-    ('forward', our_forward, their_forward),
-    ('train step', our_train_step, their_train_step),
-  ):
-    contestants = {
-      **{name: our(network, variables, images, labels) for name, network in ours.items()},
-      **{name: their(module, images, labels, device) for name, module in theirs.items()},
-    }
-    results[what] = alternate(what, contestants, arguments.rounds, arguments.steps)
+    theirs['PyTorch compiled'] = Torch(torch.compile(peer), device, arguments.dtype)
+  model = model.clone(dtype=jnp.dtype(arguments.dtype))
+  exact = arguments.dtype == 'float32'
+  with jax.default_matmul_precision('highest') if exact else contextlib.nullcontext():
+    start = common.usage()
+    results, memory = compete(model, variables, theirs, images, labels, arguments)
+  print(table(results), memory_table(memory), sep='\n\n')
+  if not arguments.quick:
+    write(arguments, results, memory, difference, start)
 
-  print(table(results))
-  write(arguments, results, difference, start)
+
+def compete(model, variables, theirs, images, labels, arguments):
+  """Returns {what: {name: [seconds a call, a round]}}, and {name: bytes} of a training step."""
+  networks = {'cvt_flax': (model, variables), 'a plain Flax port': (plain(model), variables)}
+  inputs = nhwc(images), jnp.asarray(labels)
+  rounds, steps = arguments.rounds, arguments.steps
+  results = {
+    'forward': {
+      'cvt_flax': forward(*fold(model, variables), inputs),
+      'cvt_flax, not folded': forward(model, variables, inputs),
+      'a plain Flax port': forward(*networks['a plain Flax port'], inputs),
+    }
+    | {name: each.forward(images) for name, each in theirs.items()},
+  }
+  results['forward'] = alternate('forward', results['forward'], rounds, steps)
+
+  lowered = {name: lower_train_step(*network, inputs) for name, network in networks.items()}
+  compiled = {name: each().compile() for name, each in lowered.items()}
+  memory = {name: each.memory_analysis().temp_size_in_bytes for name, each in compiled.items()}
+  contestants = {
+    name: train_step_of(compiled[name], network[1], inputs) for name, network in networks.items()
+  } | {name: each.train_step(images, labels) for name, each in theirs.items()}
+  results['train step'] = alternate('train step', contestants, rounds, steps)
+  memory |= {name: each.peak for name, each in theirs.items() if each.peak}
+  contestants.clear()
+
+  what = 'trace and compile the train step'
+  contestants = {name: functools.partial(compile_again, each) for name, each in lowered.items()}
+  results[what] = alternate(
+    what, contestants, 1 if arguments.quick else COMPILATIONS, 1, warm=False
+  )
+  return results, memory
 
 
 def parse():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__)
   # transformers takes the drop path rate of a block by its stage's number: a stage with fewer
   # blocks than that is an error there.
   names = [
@@ -92,6 +124,7 @@ def parse():
   parser.add_argument('--model', default='cvt-13', choices=names)
   parser.add_argument('--size', type=int, default=224, help='height and width of the images')
   parser.add_argument('--batch', type=int, default=8, help='images')
+  parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   parser.add_argument('--rounds', type=int, default=7, help='at least 5')
   parser.add_argument('--steps', type=int, default=3, help='timed calls of each, in each round')
   parser.add_argument('--activation', default='quick_gelu', choices=['quick_gelu', 'gelu'])
@@ -100,6 +133,8 @@ def parse():
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
+  if arguments.quick:
+    arguments.size, arguments.batch, arguments.rounds, arguments.steps = 32, 2, 1, 1
   return arguments
 
 
@@ -137,61 +172,98 @@ def nhwc(images):
   return jnp.asarray(images.transpose(0, 2, 3, 1))
 
 
-def our_forward(model, variables, images, labels):
-  del labels
+def forward(model, variables, inputs):
+  """Returns a function that computes the logits and waits for them."""
   apply = jax.jit(model.apply)
-  images = nhwc(images)
-  return lambda: jax.block_until_ready(apply(variables, images))
+  variables = jax.device_put(variables)
+  return lambda: jax.block_until_ready(apply(variables, inputs[0]))
 
 
-def our_train_step(model, variables, images, labels):
-  step = jax.jit(train_step(model), donate_argnums=0)
+def lower_train_step(model, variables, inputs):
+  """Returns a function that traces the training step, as `jax.stages.Lowered`."""
+  state = variables, jax.eval_shape(adamw().init, variables['params'])
+  return lambda: jax.jit(train_step(model), donate_argnums=0).lower(state, *inputs)
+
+
+def compile_again(lower):
+  jax.clear_caches()  # of what was traced before
+  lower().compile()
+
+
+def train_step_of(compiled, variables, inputs):
+  """Returns a function that takes a step and waits for it."""
   variables = jax.tree.map(jnp.array, variables)  # a copy: the step overwrites its state
   state = variables, adamw().init(variables['params'])
-  images, labels = nhwc(images), jnp.asarray(labels)
 
   def run():
     nonlocal state
-    state, loss = jax.block_until_ready(step(state, images, labels))
-    return loss
+    state, _ = jax.block_until_ready(compiled(state, *inputs))
 
   return run
 
 
-def their_forward(module, images, labels, device):
-  del labels
-  images = torch.tensor(images).to(device)
+class Torch:
+  """A module of PyTorch, run as its users do: autocast for bfloat16, in training too.
 
-  def run():
-    module.eval()
-    with torch.no_grad():
-      module(images)
-    synchronize(device)
+  Attributes:
+    peak: the most bytes that a training step allocated beside parameters and optimizer; 0 where
+      PyTorch does not count, on a CPU.
+  """
 
-  return run
+  def __init__(self, module, device, dtype):
+    self._module, self._device, self.peak = module, device, 0
+    self._cast = functools.partial(
+      torch.autocast, device, torch.bfloat16, enabled=dtype == 'bfloat16'
+    )
+
+  def forward(self, images):
+    images = self._put(images)
+
+    def run():
+      self._module.eval()
+      with torch.no_grad(), self._cast():
+        self._module(images)
+      self._synchronize()
+
+    return run
+
+  def train_step(self, images, labels):
+    parameters = self._module.parameters()
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    images, labels = self._put(images), torch.tensor(labels).to(self._device)
+
+    def run():
+      optimizer.zero_grad()
+      if self._device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+      self._module.train()
+      with self._cast():
+        loss = torch.nn.functional.cross_entropy(self._module(images).logits, labels)
+      loss.backward()
+      optimizer.step()
+      self._synchronize()
+      if self._device == 'cuda':
+        self.peak = torch.cuda.max_memory_allocated() - before
+
+    return run
+
+  def _put(self, images):
+    images = torch.tensor(images).to(self._device)
+    if self._device == 'cuda':
+      images = images.contiguous(memory_format=torch.channels_last)
+    return images
+
+  def _synchronize(self):
+    if self._device == 'cuda':
+      torch.cuda.synchronize()
 
 
-def their_train_step(module, images, labels, device):
-  optimizer = torch.optim.AdamW(module.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-  images, labels = torch.tensor(images).to(device), torch.tensor(labels).to(device)
+def alternate(what, contestants, rounds, steps, warm=True):
+  """Runs every contestant in turn, `rounds` times; returns {name: [seconds a call, a round]}.
 
-  def run():
-    module.train()
-    optimizer.zero_grad()
-    torch.nn.functional.cross_entropy(module(images).logits, labels).backward()
-    optimizer.step()
-    synchronize(device)
-
-  return run
-
-
-def synchronize(device):
-  if device == 'cuda':
-    torch.cuda.synchronize()
-
-
-def alternate(what, contestants, rounds, steps):
-  """Runs every contestant in turn, `rounds` times; returns {name: [seconds a call, a round]}."""
+  With `warm` there is a call before those that are timed.
+  """
   for name, run in contestants.items():
     start = time.perf_counter()
     run()
@@ -199,7 +271,8 @@ def alternate(what, contestants, rounds, steps):
   seconds = {name: [] for name in contestants}
   for number in range(rounds):
     for name, run in contestants.items():
-      run()  # not timed: the other one's threads come to rest, the caches are ours
+      if warm:
+        run()  # not timed: the other one's threads come to rest, the caches are ours
       start = time.perf_counter()
       for _ in range(steps):
         run()
@@ -224,7 +297,13 @@ def table(results):
   return '\n'.join(lines)
 
 
-def write(arguments, results, difference, start):
+def memory_table(memory):
+  lines = ['| the train step allocates beside its state | MiB |', '|---|---|']
+  lines += [f'| {name} | {size / 2**20:,.0f} |' for name, size in memory.items()]
+  return '\n'.join(lines)
+
+
+def write(arguments, results, memory, difference, start):
   record = {
     'arguments': vars(arguments),
     'logits_differ_by': difference,
@@ -234,6 +313,7 @@ def write(arguments, results, difference, start):
       'cores': common.cores(),
       'pytorch_threads': torch.get_num_threads(),
     },
+    'train_step_temporary_bytes': memory,
     'results': {
       what: {
         'seconds_a_call_by_round': seconds,
@@ -245,7 +325,7 @@ def write(arguments, results, difference, start):
       for what, seconds in results.items()
     },
   }
-  name = f'{arguments.model}-{arguments.size}-batch{arguments.batch}'
+  name = f'{arguments.model}-{arguments.size}-batch{arguments.batch}-{arguments.dtype}'
   common.write(name, PACKAGES, start, record)
 
 

@@ -10,9 +10,9 @@ DIR holds the validation images in a folder for each synset, n01440764 to n15075
 
 # ruff: noqa: E402  (the environment is set before transformers is imported)
 
-import argparse
 import pathlib
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 sys.modules['torchvision'] = None
 
 import jax
+import jax.numpy as jnp
 
-from benchmarks import authors
-from cvt_flax import predict_images
+from benchmarks import authors, common
+from cvt_flax import convert_weights, create_model, predict_images, save_pretrained
 from cvt_flax.errors import UserError
 from cvt_flax.weights import parity, pretrained
 from cvt_flax.weights.description import imagenet_classes
@@ -30,26 +31,38 @@ from cvt_flax.weights.layouts import LAYOUTS, OFFICIAL
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('weights', nargs='+', metavar='W')
+  parser = common.parser(__doc__)
+  parser.add_argument('weights', nargs='*', metavar='W')
   parser.add_argument('--activation', default='quick_gelu', help="the authors', quick_gelu")
   parser.add_argument('--authors', help='a checkout of github.com/microsoft/CvT, to compare with')
   parser.add_argument('--imagenet', metavar='DIR', help='the validation images, in 1,000 folders')
   parser.add_argument('--batch_size', type=int, default=32)
   arguments = parser.parse_args()
+  if bool(arguments.weights) == arguments.quick:
+    parser.error('weights W are needed, or --quick, which takes random ones')
   jax.config.update('jax_default_matmul_precision', 'highest')
-  for source in arguments.weights:
-    try:
-      weights = pretrained.load(source, activation=arguments.activation)
-    except UserError as e:
-      sys.exit(f'official.py: {e}')
-    for note in weights.notes:
-      print(f'{source}: {note}')
-    compare(arguments, source, weights)
-    if arguments.imagenet:
-      evaluate(arguments, source, weights)
+  with tempfile.TemporaryDirectory() as folder:
+    if arguments.quick:
+      arguments.weights = [random_weights(pathlib.Path(folder))]
+    for source in arguments.weights:
+      try:
+        weights = pretrained.load(source, activation=arguments.activation)
+      except UserError as e:
+        sys.exit(f'official.py: {e}')
+      for note in weights.notes:
+        print(f'{source}: {note}')
+      compare(arguments, source, weights)
+      if arguments.imagenet:
+        evaluate(arguments, source, weights)
+
+
+def random_weights(folder):
+  """Writes random weights of CvT-13 as the authors' files are; returns their path."""
+  model = create_model('cvt-13')
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  save_pretrained(folder / 'random', model, variables)
+  convert_weights(folder / 'random', folder / 'CvT-13-64x64-random.pth', to='official')
+  return str(folder / 'CvT-13-64x64-random.pth')
 
 
 def compare(arguments, source, weights):

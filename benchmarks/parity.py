@@ -11,7 +11,6 @@ to benchmarks/results/. Without --authors, Hugging Face and vit-pytorch alone ar
 
 # ruff: noqa: E402  (the environment is set before JAX and transformers are imported)
 
-import argparse
 import datetime
 import importlib.metadata
 import importlib.util
@@ -39,7 +38,7 @@ import optax
 import torch
 from flax.traverse_util import flatten_dict
 
-from benchmarks import authors
+from benchmarks import authors, common
 from cvt_flax import CvT, create_model
 from cvt_flax.weights import parity
 from cvt_flax.weights.layouts import HUGGING_FACE, OFFICIAL, VIT_PYTORCH
@@ -51,12 +50,12 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'torch', 'transformers', 'vit-pyto
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__)
   parser.add_argument('--authors', help='a checkout of github.com/microsoft/CvT')
   parser.add_argument('--models', default='cvt-13,cvt-21,cvt-w24', help='cvt-13,cvt-21,cvt-w24')
   arguments = parser.parse_args()
+  if arguments.quick:
+    arguments.models = 'cvt-13'
   jax.config.update('jax_default_matmul_precision', 'highest')
 
   rows = []
@@ -65,7 +64,7 @@ def main():
       variables = drawn_variables(model)
       module, run = torch_side(arguments, peer, model, variables, layout)
       ours = jax.jit(lambda v, x, m=model: (m.apply(v, x), m.apply(v, x, method='stage_maps')))
-      for size in SIZES:
+      for size in SIZES[-1:] if arguments.quick else SIZES:
         images = parity.random_images(size)
         logits, maps = run(module, images)
         our_logits, our_maps = jax.device_get(ours(variables, images))
@@ -76,13 +75,14 @@ def main():
         }
         rows.append({'peer': peer, 'model': name, 'size': list(size)} | apart)
         show(rows[-1])
-      if name == 'cvt-13':
+      if name == 'cvt-13' and not arguments.quick:
         for groups in (1, 2):
           apart = training_step(module, model, variables, layout, groups)
           rows.append({'peer': peer, 'model': name, 'training step, groups': groups} | apart)
           show(rows[-1])
       del module
-  write(arguments, rows)
+  if not arguments.quick:
+    write(arguments, rows)
 
 
 def peers(arguments, name):

@@ -9,7 +9,6 @@ benchmarks/results/. See benchmarks/README.md.
 
 # ruff: noqa: E402  (the project is found before it is imported)
 
-import argparse
 import pathlib
 import re
 import sys
@@ -65,16 +64,11 @@ def main():
 
 
 def parse():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__)
   parser.add_argument('--model', default='cvt-13', choices=VARIANTS)
   parser.add_argument('--size', type=int, default=224, help='height and width of the images')
   parser.add_argument('--batch', type=int, default=64, help='images')
   parser.add_argument('--topology', default='v5e:1x1', help='a chip: v5e:1x1, v6e:1x1 or cpu:1')
-  parser.add_argument(
-    '--quick', action='store_true', help='try the tool: a small model for a CPU, nothing is written'
-  )
   arguments = parser.parse_args()
   if arguments.quick:
     arguments.model, arguments.size, arguments.batch = 'cvt-nano', 32, 2

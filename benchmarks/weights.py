@@ -6,7 +6,8 @@ Random weights of CvT-W24 and CvT-13 are written as the authors' files are, in a
 every measurement is a process of its own. Prints a table and writes it to benchmarks/results/.
 """
 
-import argparse
+# ruff: noqa: E402  (the project is found before it is imported)
+
 import datetime
 import importlib.metadata
 import json
@@ -21,6 +22,9 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import common
+
 PACKAGES = ('jax', 'flax', 'numpy', 'safetensors', 'torch')
 
 # Run with -c and the path of the weights.
@@ -49,19 +53,20 @@ print(time.perf_counter() - start)
 
 
 def main():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = common.parser(__doc__)
   parser.add_argument('--rounds', type=int, default=3)
   arguments = parser.parse_args()
+  large, layouts = 'cvt-w24', ('flax', 'official', 'huggingface')
+  if arguments.quick:
+    arguments.rounds, large, layouts = 1, 'cvt-13', ('flax',)
   results = {}
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    for name in ('cvt-w24', 'cvt-13'):
+    for name in (large, 'cvt-13'):
       run([sys.executable, '-c', WRITE, folder / f'{name}.pth', name])
-    convert = [sys.executable, '-m', 'cvt_flax.convert', folder / 'cvt-w24.pth']
-    for to in ('flax', 'official', 'huggingface'):
-      results[f'convert cvt-w24, official to {to}'] = [
+    convert = [sys.executable, '-m', 'cvt_flax.convert', folder / f'{large}.pth']
+    for to in layouts:
+      results[f'convert {large}, official to {to}'] = [
         measure([*convert, folder / f'{to}{i}', f'--to={to}']) for i in range(arguments.rounds)
       ]
     results['load_pretrained cvt-13, after imports'] = [
@@ -72,7 +77,8 @@ def main():
   for what, runs in results.items():
     seconds, peak = statistics.median(s for s, _ in runs), max(p for _, p in runs)
     print(f'| {what} | {seconds:.1f} | {peak:.2f} |')
-  write(results)
+  if not arguments.quick:
+    write(results)
 
 
 def run(command):

@@ -1,14 +1,18 @@
 """What the benchmarks compare with computes the same, and the tools run."""
 
+import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks.plain import plain
 from benchmarks.tpu_cost import by_layer
 from cvt_flax import create_model
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / 'benchmarks'
 
 
 def test_the_plain_port_has_our_logits_loss_and_gradients():
@@ -71,7 +75,41 @@ def test_cycles_are_of_the_layer_that_an_instruction_is_of():
   }
 
 
-def test_tpu_cost_runs():
-  command = [sys.executable, 'benchmarks/tpu_cost.py', '--quick']
-  result = subprocess.run(command, capture_output=True, text=True, check=True)
-  assert 'bytes accessed an image' in result.stdout
+# What each table has that its program prints.
+PRINTED = {
+  'attention_heads': 'a projection each',
+  'input': 'cores for 8 chips',
+  'layers': 'times the floor',
+  'model': 'the train step allocates',
+  'official': 'logits differ from PyTorch by',
+  'parity': 'vit-pytorch',
+  'resident': 'The batches take',
+  'tpu_cost': 'bytes accessed an image',
+  'weights': 'peak GB',
+}
+WITH_PEERS = {
+  'input': ('torch',),
+  'model': ('torch', 'transformers'),
+  'official': ('torch', 'transformers'),
+  'parity': ('torch', 'transformers', 'vit_pytorch'),
+  'weights': ('torch',),
+}
+
+
+def test_every_program_is_tried():
+  programs = {p.stem for p in BENCHMARKS.glob('*.py') if "__name__ == '__main__'" in p.read_text()}
+  assert programs == set(PRINTED)
+
+
+@pytest.mark.parametrize('name', PRINTED)
+def test_a_quick_run(name, peer, timm_file):
+  for package in WITH_PEERS.get(name, ()):
+    peer(package)
+  if name == 'input':
+    timm_file('data/mixup.py')
+  results = sorted((BENCHMARKS / 'results').iterdir())
+  command = [sys.executable, BENCHMARKS / f'{name}.py', '--quick']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert PRINTED[name] in done.stdout
+  assert sorted((BENCHMARKS / 'results').iterdir()) == results  # nothing is written

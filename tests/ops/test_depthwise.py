@@ -53,9 +53,11 @@ def test_cases_cover_every_value():
     assert set(drawn) >= set(all_values)
 
 
+@pytest.mark.parametrize('batch', [1, 2])
 @pytest.mark.parametrize(('size', 'channels', 'kernel', 'stride', 'padding'), CASES)
-def test_forms_agree(size, channels, kernel, stride, padding):
+def test_forms_agree(size, channels, kernel, stride, padding, batch):
   x, k = inputs(size, channels, kernel)
+  x = x[:batch]
   expected = by_hand(x, k, stride, padding)
   g = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
   geometry = dict(stride=stride, padding=padding)
