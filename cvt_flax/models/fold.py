@@ -37,13 +37,20 @@ def fold(
 
   Returns:
     The model, with projection 'dw' in place of 'dw_bn', and {'params'}.
+
+  Raises:
+    ValueError: the variables are not those of the model.
   """
   params = traverse_util.flatten_dict(variables['params'])
   if isinstance(model, CvT) and model.projection == 'dw_bn':
-    statistics = traverse_util.flatten_dict(variables['batch_stats'])
+    statistics = traverse_util.flatten_dict(variables.get('batch_stats', {}))
     for s, options in enumerate(resolve(model)):
       for j in range(options.depth):
-        _fold_block(options, params, statistics, (f'stage{s}', f'blocks_{j}', 'attn'))
+        try:
+          _fold_block(options, params, statistics, (f'stage{s}', f'blocks_{j}', 'attn'))
+        except KeyError as e:
+          missing = '/'.join(e.args[0])
+          raise ValueError(f'the variables are not those of the model: no {missing}') from e
     model = model.clone(projection='dw', bn_group_size=0)
   params = {path: _stored(model, path, value) for path, value in params.items()}
   return model, {'params': traverse_util.unflatten_dict(params)}

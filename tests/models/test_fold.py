@@ -111,6 +111,14 @@ def test_bfloat16_stays_near_float32():
   assert_close(evaluate(folded, less, images(3)), exact, 3e-2)
 
 
+def test_variables_of_another_model():
+  variables = drawn_variables(CvT(**TINY))
+  with pytest.raises(ValueError, match='no stage0/blocks_0/attn/conv_proj_q/bn/mean'):
+    fold(CvT(**TINY), {'params': variables['params']})
+  with pytest.raises(ValueError, match='no stage1/blocks_1/attn/conv_proj_q/bn/scale'):
+    fold(CvT(**TINY | dict(depths=(1, 2))), variables)
+
+
 def test_a_folded_model_is_saved_and_read(tmp_path):
   folded, less = fold(CvT(**TINY), drawn_variables(CvT(**TINY)))
   save_pretrained(tmp_path / 'w', folded, less)
