@@ -262,9 +262,9 @@ class Torch:
 def alternate(what, contestants, rounds, steps, warm=True):
   """Runs every contestant in turn, `rounds` times; returns {name: [seconds a call, a round]}.
 
-  With `warm` there is a call before those that are timed.
+  With `warm` there are calls before those that are timed, one at first and one in every round.
   """
-  for name, run in contestants.items():
+  for name, run in contestants.items() if warm else ():
     start = time.perf_counter()
     run()
     print(f'{what}, {name}: first call {time.perf_counter() - start:.1f} s', file=sys.stderr)
