@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cvt_flax.ops import linear
+from cvt_flax.ops.moments import moments
 
 
 def project(
@@ -90,7 +91,7 @@ def _project_groups(x: Float[Array, 'g n h w c'], scale, shift, kernel, bias, ep
 
 
 def _forward(x, scale, shift, kernel, bias, epsilon):
-  mean, var = _moments(x)
+  mean, var = (rearrange(a, 'g 1 1 1 c -> g c') for a in moments(x, (1, 2, 3)))
   factor = lax.rsqrt(var + epsilon)
   y, folded = _folded_product(x, mean, factor * scale, shift, kernel, bias)
   return (y, mean, var), (x, scale, shift, kernel, mean, factor, folded)
@@ -116,17 +117,6 @@ def _backward(_epsilon, residuals, gradients):
 
 
 _project_groups.defvjp(_forward, _backward)
-
-
-def _moments(x):
-  """Returns the mean and the biased variance of every channel of every group [g c], in float32."""
-  x32 = x.astype(jnp.float32)
-  mean = jnp.mean(x32, (1, 2, 3))
-  if x.dtype == jnp.float32:
-    return mean, jnp.mean(jnp.square(x32 - _wide(mean)), (1, 2, 3))
-  # In one pass. The difference of the two means loses digits when the mean is large, but always
-  # fewer than rounding the values to 8 bits has lost.
-  return mean, jnp.maximum(jnp.mean(jnp.square(x32), (1, 2, 3)) - jnp.square(mean), 0)
 
 
 def _folded_product(x, mean, gain, shift, kernel, bias):

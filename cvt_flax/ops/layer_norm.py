@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
 
+from cvt_flax.ops.moments import moments
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(
@@ -23,8 +25,7 @@ def layer_norm(
 ) -> Float[Array, '*rows c']:
   """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, statistics over the last axis.
 
-  All is computed in float32. The variance is the mean of the squared differences: the difference
-  of two means loses digits.
+  All is computed in float32; see `cvt_flax.ops.moments` for the variance.
 
   Args:
     x: the rows, of any floating dtype.
@@ -41,14 +42,7 @@ def layer_norm(
 
 def _forward(x, scale, bias, epsilon, dtype):
   rows = x.astype(jnp.float32)
-  mean = jnp.mean(rows, axis=-1, keepdims=True)
-  if x.dtype == jnp.float32:
-    var = jnp.mean(jnp.square(rows - mean), axis=-1, keepdims=True)
-  else:
-    # In one pass. The difference of the two means loses digits when the mean is large, but always
-    # fewer than rounding the values to 8 bits has lost.
-    squares = jnp.mean(jnp.square(rows), axis=-1, keepdims=True)
-    var = jnp.maximum(squares - jnp.square(mean), 0)
+  mean, var = moments(x, (-1,))
   factor = lax.rsqrt(var + epsilon)
   y = (rows - mean) * (factor * scale) + bias
   return y.astype(dtype), (x, scale, mean, factor)
