@@ -38,7 +38,7 @@ from benchmarks import common
 
 # A contestant is a process that imports its own side alone, inside functions: memory is its own.
 
-IMAGES, SIZE, BATCH = 1000, 224, 64
+IMAGES, BATCH = 1000, 64
 CHIPS = 8
 TASKS = ('train', 'evaluation')
 PACKAGES = ('grain', 'numpy', 'pillow', 'timm', 'torch')
@@ -70,12 +70,14 @@ class Contestant:
     task: one of `TASKS`.
     cores: how many it may use.
     workers: processes that decode; 0: threads.
+    size: height and width of the images of a batch.
   """
 
   side: str
   task: str
   cores: int
   workers: int
+  size: int
 
   def __str__(self):
     cores = '1 core' if self.cores == 1 else f'{self.cores} cores'
@@ -94,7 +96,9 @@ def main():
       make_images(pathlib.Path(folder), arguments.most)
     paths = find_images(folder, arguments.most)
     described = describe(paths)
-    results = {task: alternate(contestants(task), paths, arguments.rounds) for task in TASKS}
+    results = {
+      task: alternate(contestants(task, arguments.size), paths, arguments.rounds) for task in TASKS
+    }
   print('{images} JPEGs, mean {bytes:.0f} bytes, {width:.0f} x {height:.0f}\n'.format(**described))
   print(rate_table(results), core_table(results['train']), sep='\n\n', end='\n\n')
   print(need_table(results['train'], arguments.chip_rate))
@@ -114,6 +118,7 @@ def main():
 def parse():
   parser = common.parser(__doc__)
   parser.add_argument('--images', help='a folder of JPEGs; without it some are made')
+  parser.add_argument('--size', type=int, default=224, help='height and width in a batch')
   parser.add_argument('--rounds', type=int, default=10, help='at least 5')
   parser.add_argument(
     '--chip-rate', type=int, nargs='+', default=[500, 1000, 2000], help='images/s a chip takes'
@@ -174,15 +179,15 @@ def describe(paths):
   }
 
 
-def contestants(task):
+def contestants(task, size):
   """Returns who takes part in a task; training is also measured by the number of cores."""
   most = common.cores()
   counts = {most}
   if task == 'train':
     counts |= {2**n for n in range(most.bit_length())}  # none is above `most`
-  ours = [Contestant('cvt_flax', task, n, 0) for n in sorted(counts)]
-  ours += [Contestant('cvt_flax', task, n, n) for n in sorted(counts)]
-  return [*ours, Contestant('timm', task, most, most)]
+  ours = [Contestant('cvt_flax', task, n, 0, size) for n in sorted(counts)]
+  ours += [Contestant('cvt_flax', task, n, n, size) for n in sorted(counts)]
+  return [*ours, Contestant('timm', task, most, most, size)]
 
 
 def timed_batches(images):
@@ -269,7 +274,7 @@ def serve(connection, contestant, paths):
   every_core = sorted(os.sched_getaffinity(0))
   os.sched_setaffinity(0, every_core[: contestant.cores])
   make = {'cvt_flax': our_batches, 'timm': their_batches}[contestant.side]
-  with contextlib.closing(make(contestant.task, contestant.workers, paths)) as batches:
+  with contextlib.closing(make(contestant, paths)) as batches:
     connection.send(hashlib.sha256(np.ascontiguousarray(next(batches))).hexdigest())
     with contextlib.suppress(EOFError):  # the other end has been closed: no more turns
       while True:
@@ -282,7 +287,7 @@ def serve(connection, contestant, paths):
         connection.send(time.perf_counter() - start)
 
 
-def our_batches(task, workers, paths):
+def our_batches(who, paths):
   """Yields our batches, uint8 [b, h, w, 3], without end."""
   from cvt_flax.data import augment, dataset, files, stream
 
@@ -291,10 +296,10 @@ def our_batches(task, workers, paths):
   packer.extend(paths)
   labels = np.arange(len(paths), dtype=np.int32)
   split = files.FileSplit('the images', '', packer.finish(), labels)
-  reading = stream.Reading(workers=workers)
-  if task == 'train':
+  reading = stream.Reading(workers=who.workers)
+  if who.task == 'train':
     transform = augment.Transform(
-      SIZE,
+      who.size,
       crop_scale=(0.08, 1.0),
       flip=True,
       rand_augment=augment.RandAugment.parse('rand-m9-mstd0.5-inc1'),
@@ -304,13 +309,13 @@ def our_batches(task, workers, paths):
   else:
     again = np.resize(labels, 2_000_000)  # the images over and over
     split = dataset.Subset(split.name, split, again)
-    batches = stream.eval_batches(split, SIZE, 0.875, BATCH, reading)
+    batches = stream.eval_batches(split, who.size, 0.875, BATCH, reading)
   with contextlib.closing(batches):
     for batch in batches:
       yield batch['image']
 
 
-def their_batches(task, workers, paths):
+def their_batches(who, paths):
   """Yields the batches of timm in PyTorch's DataLoader, uint8 [b, h, w, 3], without end.
 
   The sampler goes on from epoch to epoch, as timm's MultiEpochsDataLoader does; else the workers
@@ -318,14 +323,15 @@ def their_batches(task, workers, paths):
   """
   import torch
 
-  folder = Folder(paths, timm_train_transform() if task == 'train' else timm_eval_transform())
+  transform = timm_train_transform if who.task == 'train' else timm_eval_transform
+  folder = Folder(paths, transform(who.size))
   loader = torch.utils.data.DataLoader(
     folder,
     batch_size=BATCH,
     sampler=torch.utils.data.RandomSampler(folder, num_samples=10**9)
-    if task == 'train'
+    if who.task == 'train'
     else itertools.cycle(range(len(folder))),
-    num_workers=workers,
+    num_workers=who.workers,
     collate_fn=timm_collate(),
     drop_last=True,
     multiprocessing_context='fork',  # its own choice, but for this process being a spawned one
@@ -349,7 +355,7 @@ class Folder:
     return self.transform(image), index
 
 
-def timm_train_transform():
+def timm_train_transform(size):
   """Returns what timm's transforms_factory.py puts together for the official training.
 
   Where its magnitude is at the limit, for one image in 650, it posterizes to 0 bits: to black, as
@@ -362,9 +368,9 @@ def timm_train_transform():
   policies.NAME_TO_OP['PosterizeIncreasing'] = lambda image, bits, **options: (
     refusing(image, bits, **options) if bits else Image.new(image.mode, image.size)
   )
-  crop = crops.RandomResizedCropAndInterpolation(SIZE, interpolation='bicubic')
+  crop = crops.RandomResizedCropAndInterpolation(size, interpolation='bicubic')
   options = {
-    'translate_const': int(SIZE * 0.45),
+    'translate_const': int(size * 0.45),
     'img_mean': (124, 116, 104),
     'interpolation': crops.str_to_pil_interp('bicubic'),
   }
@@ -380,10 +386,10 @@ def timm_train_transform():
   return transform
 
 
-def timm_eval_transform():
+def timm_eval_transform(size):
   """Returns Resize and CenterCrop, as torchvision does them in Pillow, to timm's tensor."""
   to_tensor = timm_file('data/transforms.py').MaybePILToTensor()
-  shorter = int(SIZE / 0.875)
+  shorter = int(size / 0.875)
 
   def transform(image):
     width, height = image.size
@@ -392,8 +398,8 @@ def timm_eval_transform():
     else:
       width, height = int(shorter * width / height), shorter
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
-    return to_tensor(image.crop((left, top, left + SIZE, top + SIZE)))
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return to_tensor(image.crop((left, top, left + size, top + size)))
 
   return transform
 

@@ -78,12 +78,14 @@ def test_cycles_are_of_the_layer_that_an_instruction_is_of():
 # What each table has that its program prints.
 PRINTED = {
   'attention_heads': 'a projection each',
+  'checkpoints': 'training waits',
   'input': 'cores for 8 chips',
   'layers': 'times the floor',
   'model': 'the train step allocates',
   'official': 'logits differ from PyTorch by',
   'parity': 'vit-pytorch',
   'resident': 'The batches take',
+  'scale': 'collectives',
   'tpu_cost': 'bytes accessed an image',
   'weights': 'peak GB',
 }
