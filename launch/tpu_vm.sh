@@ -79,7 +79,7 @@ on_a_host=$(
 mountpoint -q /runs || { sudo mkdir -p /runs && sudo mount -t nfs $(printf %q "$runs") /runs; } || exit
 sudo docker rm --force cvt >/dev/null 2>&1
 sudo docker run --rm --name=cvt --pull=always --init --privileged --net=host --shm-size=64g \
-  --stop-timeout=120 --volume=/runs:/runs \
+  --stop-timeout=120 --volume=/runs:/runs --env=JAX_COMPILATION_CACHE_DIR=/runs/compiled \
   $(printf '%q ' "$image" --workdir="/runs/$name" --distributed=auto "$@")
 code=\$?
 echo "train.py ended with \$code"

@@ -12,6 +12,7 @@ import yaml
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / 'launch'
+CACHE = 'JAX_COMPILATION_CACHE_DIR'
 SCRIPTS = [*sorted(LAUNCH.glob('*.sh')), ROOT / '.ci' / 'run', ROOT / '.ci' / 'notebook_install']
 # A program that writes down its arguments, and answers as a file says: a line each call, of an exit
 # code and of what is printed.
@@ -82,6 +83,7 @@ def test_what_each_host_does(play):
   assert remove == ['sudo', 'docker', 'rm', '--force', 'cvt']
   expected = ['image', '--workdir=/runs/cvt', '--distributed=auto', *ARGUMENTS]
   assert trained[:3] == ['sudo', 'docker', 'run'] and trained[-5:] == expected
+  assert {'--volume=/runs:/runs', f'--env={CACHE}=/runs/compiled'} <= set(trained)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,17 @@ def test_a_slurm_job_by_itself_is_of_a_config_that_is_there(play):
   assert (ROOT / calls[0][-2].removeprefix('--config=')).is_file()
 
 
+def test_a_slurm_job_keeps_what_it_compiles(play, tmp_path):
+  srun = tmp_path / 'bin' / 'srun'
+  srun.parent.mkdir()
+  srun.write_text(f'#!/bin/bash\nprintf %s "${CACHE}"\n')
+  srun.chmod(0o755)
+  done, _ = play([LAUNCH / 'slurm.sh'])
+  assert done.stdout == f'{tmp_path}/runs/compiled'
+  done, _ = play(['env', f'{CACHE}=/elsewhere', LAUNCH / 'slurm.sh'])
+  assert done.stdout == '/elsewhere'
+
+
 def test_slurm_is_needed():
   env = {name: value for name, value in os.environ.items() if name != 'SLURM_JOB_ID'}
   done = subprocess.run([LAUNCH / 'slurm.sh'], env=env, capture_output=True, text=True)
@@ -156,6 +169,7 @@ def test_the_jobset():
   job = job['spec']
   pod = job['template']['spec']
   (container,) = pod['containers']
+  assert {'name': CACHE, 'value': '/runs/compiled'} in container['env']
   sides = pod['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')
   hosts = math.prod(map(int, sides)) // container['resources']['limits']['google.com/tpu']
   assert job['parallelism'] == job['completions'] == hosts

@@ -22,10 +22,14 @@ _CURVES = (
 _METRICS = (
   ('test/top1', 'test top-1', '.2%'),
   ('test/top5', 'test top-5', '.2%'),
+  ('test/balanced_accuracy', 'test balanced accuracy', '.2%'),
+  ('test/f1', 'test F1', '.2%'),
+  ('test/auc', 'test AUC', '.2%'),
   ('test/loss', 'test loss', '.4f'),
   ('val/top1', 'validation top-1', '.2%'),
   ('val/loss', 'validation loss', '.4f'),
 )
+_TESTED = 'test/top1', 'val/top1'
 
 
 def sections(groups: Sequence[Group], folder: pathlib.Path) -> Iterator[str]:
@@ -47,6 +51,8 @@ def _seeds(group):
 
 def _results(groups):
   found = [m for m in _METRICS if any(g.finals(m[0]) for g in groups)]
+  if all(len(run.class_names) == 2 for group in groups for run in group.runs):
+    found = [m for m in found if m[0] != 'test/top5']  # of two classes it is always 1
   rows = []
   for metric, name, form in found:
     for group in groups:
@@ -85,7 +91,7 @@ def _paired_tests(groups):
   """Yields a paired t-test over the seeds of every two configs."""
   rows = []
   for a, b in itertools.combinations(groups, 2):
-    for metric, name, form in _METRICS[:1] + _METRICS[3:4]:
+    for metric, name, form in (m for m in _METRICS if m[0] in _TESTED):
       test = statistics.paired_t(a.finals(metric), b.finals(metric))
       if test:
         rows.append(

@@ -212,6 +212,24 @@ def test_seeds_are_one_config(make_run, tmp_path):
   assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
 
 
+def test_two_classes_have_numbers_of_their_own(make_run):
+  folders = [
+    make_run(name, hits=hits, names=('cat', 'dog')) for name, hits in (('a', 50), ('b', 40))
+  ]
+  for folder, auc in zip(folders, (0.9, 0.8), strict=True):
+    *lines, last = (folder / 'metrics.jsonl').read_text().splitlines()
+    two = {'test/balanced_accuracy': 0.75, 'test/f1': 0.7, 'test/auc': auc, 'test/top5': 1.0}
+    lines.append(json.dumps(json.loads(last) | two))
+    (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+  compared, alone = (Page(write_report(each)) for each in (folders, folders[:1]))
+  words = ' '.join(compared.words.split())
+  assert 'b test balanced accuracy 75.00%' in words and 'b test F1 70.00%' in words
+  assert 'a test AUC 90.00%' in words and 'b test AUC 80.00%' in words
+  assert 'AUC 90.00%' in ' '.join(alone.words.split())
+  assert 'top-1' in compared.words and 'top-1' in alone.words
+  assert 'top-5' not in compared.words and 'top-5' not in alone.words
+
+
 def test_a_run_without_results_is_beside_one_with_them(make_run):
   words = Page(write_report([make_run('a'), make_run('b', finished=False)])).words
   assert 'a test top-1 83.33%' in ' '.join(words.split())
