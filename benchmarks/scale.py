@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import common
+from cvt_flax import storage
 from cvt_flax.training.hardware import matrix_rate
 from cvt_flax.training.shipped import get_config
 
@@ -50,7 +52,7 @@ LIMITS = (
   Row('cvtw24_imagenet_384', 'v5e:16x16', 2048, 8),
   Row('cvt13_imagenet', '4xv5e:16x16', 16384, 16),
 )
-# The official configs with their own batch, on chips enough to end within days.
+# The official configs with their own batch, on chips enough to end within a day.
 OFFICIAL = (
   Row('cvt13_imagenet', 'v5e:8x8', 2048, 32),
   Row('cvt21_imagenet', 'v5e:8x8', 2048, 32),
@@ -75,12 +77,13 @@ QUICK = (Row('digits', 'cpu:1', 32, 32), Row('digits', 'cpu:4', 32, 8))
 IMAGES = {'imagenet': 1_281_167, 'imagenet22k': 14_197_122}
 CLASSES_22K = 21_841
 # Of a v5e, by https://cloud.google.com/tpu/docs/v5e: a 4-chip host's vCPUs, as slices of several
-# hosts have them, and what a pod of 256 chips sums in a second.
-CHIPS_A_HOST, CORES_A_HOST = 4, 112
-SUMMED_A_SECOND = 51.2e12 / 256
-# Images that a core decodes and augments in a second, by size: input.py's processes on 2 cores.
-DECODED = {224: 280, 384: 155}
+# hosts have them, and the bytes a second of one link one way, 1,600 Gbit/s of a chip over four.
+CHIPS_A_HOST, VCPUS_A_HOST, LINK = 4, 112, 50e9
 KIND = 'TPU v5 lite'
+# Images that a core decodes and augments in a second, by size: input.py's processes on 2 cores, and
+# what it augments by.
+DECODED, DECODED_BY = {224: 280, 384: 155}, 'rand-m9-mstd0.5-inc1'
+PACKAGES = ('jax', 'jaxlib', 'libtpu')
 
 
 def main():
@@ -98,14 +101,17 @@ def main():
 
 def parse():
   parser = common.parser(__doc__)
-  today = datetime.datetime.now().astimezone()
+  now = datetime.datetime.now().astimezone()
   parser.add_argument(
     '--file',
     type=pathlib.Path,
-    default=ROOT / 'benchmarks' / 'results' / f'{today:%Y-%m-%d}-scale.json',
+    default=ROOT / 'benchmarks' / 'results' / f'{now:%Y-%m-%d-%H%M}-scale.json',
     help='where the results are, or go',
   )
-  return parser.parse_args()
+  arguments = parser.parse_args()
+  if not arguments.file.parent.is_dir():
+    parser.error(f'--file={arguments.file}: there is no folder {arguments.file.parent}')
+  return arguments
 
 
 def compile_step(row):
@@ -126,7 +132,9 @@ def compile_step(row):
       names = (f'{c}_{i}.jpg,{c}\n' for c in range(CLASSES_22K) for i in range(4))
       table.write_text('path,label\n' + ''.join(names))
       command.append(f'--config.source=csv:{table}')
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    # What has been compiled before would be read, and not timed.
+    env = {name: v for name, v in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
   if done.returncode:
     sys.exit(f'{row}: exit code {done.returncode}')
   return json.loads(done.stdout.splitlines()[-1])
@@ -134,17 +142,21 @@ def compile_step(row):
 
 def read(path):
   """Returns {row: plan} of a file, {} where there is none."""
-  record = json.loads(path.read_text()) if path.exists() else {'plans': []}
-  return {Row(**plan['row']): plan['said'] for plan in record['plans']}
+  if not path.exists():
+    return {}
+  try:
+    return {Row(**plan['row']): plan['said'] for plan in json.loads(path.read_text())['plans']}
+  except (ValueError, KeyError, TypeError) as e:
+    sys.exit(f'{path} is not what this program writes: {type(e).__name__}: {e}')
 
 
 def write(path, plans):
   record = {
-    'versions': {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')},
+    'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
     'hardware': {'processor': common.processor(), 'cores': common.cores()},
     'plans': [{'row': dataclasses.asdict(row), 'said': said} for row, said in plans.items()],
   }
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  storage.write_whole(path, json.dumps(record, indent=2).encode() + b'\n')
 
 
 def chips(said):
@@ -192,28 +204,39 @@ def limits(plans, rows):
   return '\n'.join(lines)
 
 
+def summing(topology, said):
+  """Returns the least seconds that the all-reduces of a step take, by a chip's links.
+
+  A chip sends the bytes twice, to sum them and to hand out the sums, over as few links as a corner
+  of the slice has: an axis of a v5e wraps around at 16 chips alone.
+  """
+  sides = [int(n) for n in topology.partition(':')[2].split('x')]
+  links = sum(2 if n == 16 else 1 for n in sides if n > 1)
+  return 2 * said['collectives']['all-reduce'][1] / (links * LINK)
+
+
 def sizing(plans, rows):
   lines = [
     '| config | chips | batch a chip | memory | step, ms | of them sums | of the matrix rate '
-    '| images/s, all | cores to decode them | of cores | epochs | hours | chip-hours |',
+    '| images/s, all | cores to decode them | of vCPUs | epochs | hours | chip-hours |',
     '|' + '---|' * 13,
   ]
   for row in rows:
     said, config = plans[row], get_config(row.config)
-    count, each = chips(said), said['predicted_images_a_second']
-    summed = sum(size for _, size in said['collectives'].values()) / SUMMED_A_SECOND
-    step = said['images_a_device'] / each + summed
+    count, summed = chips(said), summing(row.topology, said)
+    step = said['images_a_device'] / said['predicted_images_a_second'] + summed
     images_a_second = row.batch_size / step
     operations = 6 * said['multiply_adds_an_image'] * images_a_second / count
-    decoded = DECODED.get(config.image_size)
-    cores = f'{images_a_second / decoded:,.0f}' if decoded else ''
+    cores = f'{images_a_second / DECODED[config.image_size]:,.0f}'
+    if config.augment.rand_augment != DECODED_BY:
+      cores = f'fewer than {cores}'
     images = IMAGES['imagenet22k' if row.config.endswith('22k') else 'imagenet']
     hours = images * config.epochs / images_a_second / 3600
     lines.append(
       f'| `{row.config}` | {count} | {said["images_a_device"]} '
       f'| {gibibytes(said["memory"]["needed"])} | {1000 * step:.1f} | {1000 * summed:.1f} '
       f'| {operations / matrix_rate(KIND):.0%} | {images_a_second:,.0f} | {cores} '
-      f'| {count // CHIPS_A_HOST * CORES_A_HOST:,} | {config.epochs} | {hours:,.1f} '
+      f'| {count // CHIPS_A_HOST * VCPUS_A_HOST:,} | {config.epochs} | {hours:,.1f} '
       f'| {hours * count:,.0f} |'
     )
   return '\n'.join(lines)

@@ -25,7 +25,7 @@ set -euo pipefail
 if [ "$#" -eq 0 ]; then
   set -- --config=configs/cvt13_imagenet.py
 fi
-# What is compiled is kept, for the run that goes on and for the next.
+# What is compiled is kept, for the run that goes on.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compiled}"
 code=0
 trap : TERM  # the steps answer it; this has to see how they end

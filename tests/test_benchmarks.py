@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import scale
 from benchmarks.plain import plain
 from benchmarks.tpu_cost import by_layer
 from cvt_flax import create_model
@@ -73,6 +74,40 @@ def test_cycles_are_of_the_layer_that_an_instruction_is_of():
     'linear layers, forward': 16,
     'the rest, forward': 64,
   }
+
+
+def test_the_size_of_a_slice_is_counted():
+  """64 chips, each 32 images in 20 ms and 2e8 bytes to sum over two links: 4 ms, 5,000 images/s."""
+  row = scale.Row('cvt13_imagenet', 'v5e:8x8', 2048, 32)
+  said = {
+    'mesh': {'data': 64, 'fsdp': 1},
+    'images_a_device': 32,
+    'multiply_adds_an_image': 1_970_000_000,
+    'memory': {'needed': 2**31},
+    'predicted_images_a_second': 1600.0,
+    'collectives': {'all-reduce': [1, 200_000_000]},
+  }
+  cells = [cell.strip() for cell in scale.sizing({row: said}, [row]).splitlines()[-1].split('|')]
+  images = 2048 / 0.024
+  hours = 300 * 1_281_167 / images / 3600
+  assert cells[2:7] == ['64', '32', '2.00 GiB', '24.0', '4.0']
+  assert cells[7] == f'{6 * 1.97e9 * images / 64 / 197e12:.0%}' == '8%'
+  assert cells[8:] == ['85,333', '305', '1,792', '300', f'{hours:,.1f}', f'{64 * hours:,.0f}', '']
+  assert scale.summing('v5e:16x16', said) == 2 * 2e8 / 200e9
+  assert scale.summing('v5e:8x16', said) == 2 * 2e8 / 150e9
+
+
+def test_plans_are_kept(tmp_path, monkeypatch):
+  monkeypatch.setattr(scale, 'PACKAGES', ('jax',))
+  path = tmp_path / 'scale.json'
+  assert scale.read(path) == {}
+  plans = {scale.QUICK[0]: {'cycles': None}, scale.QUICK[1]: {'cycles': 7}}
+  scale.write(path, plans)
+  assert scale.read(path) == plans
+  for text in ('{"plans": [', '{"results": 1}', '{"plans": [{"row": {"x": 1}, "said": 1}]}'):
+    path.write_text(text)
+    with pytest.raises(SystemExit, match='scale.json is not what this program writes'):
+      scale.read(path)
 
 
 # What each table has that its program prints.

@@ -27,6 +27,9 @@ _METRICS = (
   ('test/auc', 'test AUC', '.2%'),
   ('test/loss', 'test loss', '.4f'),
   ('val/top1', 'validation top-1', '.2%'),
+  ('val/balanced_accuracy', 'validation balanced accuracy', '.2%'),
+  ('val/f1', 'validation F1', '.2%'),
+  ('val/auc', 'validation AUC', '.2%'),
   ('val/loss', 'validation loss', '.4f'),
 )
 _TESTED = 'test/top1', 'val/top1'
@@ -51,12 +54,12 @@ def _seeds(group):
 
 def _results(groups):
   found = [m for m in _METRICS if any(g.finals(m[0]) for g in groups)]
-  if all(len(run.class_names) == 2 for group in groups for run in group.runs):
-    found = [m for m in found if m[0] != 'test/top5']  # of two classes it is always 1
   rows = []
   for metric, name, form in found:
     for group in groups:
       values = list(group.finals(metric).values())
+      if not values and any(run.final for run in group.runs):
+        continue  # it is not a metric of these classes, or of these splits
       mean, deviation = statistics.mean_and_deviation(values) if values else (None, None)
       ends = (min(values), max(values)) if len(values) > 1 else (None, None)
       numbers = [number(value, form) for value in (mean, deviation, *ends)]
@@ -72,11 +75,19 @@ def _results(groups):
         faint=True,
       )
     )
+  for group in groups:
+    if group.finals('test/f1') or group.finals('val/f1'):
+      positive = group.runs[0].class_names[1]
+      parts.append(
+        markup.paragraph(
+          f'{group.name}: F1 and AUC are of {positive!r} against the other.', faint=True
+        )
+      )
   unfinished = [str(run.folder) for group in groups for run in group.runs if not run.final]
   if unfinished:
     parts.append(markup.paragraph(f'Not finished, and not counted: {", ".join(unfinished)}.'))
   each = [
-    [str(run.folder), *(number(run.final.get(metric), form) for metric, _, form in found)]
+    [str(run.folder), *(number(run.score(metric), form) for metric, _, form in found)]
     for group in groups
     for run in group.runs
     if run.final

@@ -85,6 +85,15 @@ class Run:
         found |= {name: value for name, value in line.items() if name.startswith('val/')}
     return found
 
+  def score(self, metric: str) -> float | None:
+    """Returns a metric of the best checkpoint; None where there is none, or where it says nothing.
+
+    That is top-5 where there are no more than five classes: it is always 1.
+    """
+    if metric.endswith('/top5') and len(self.class_names) <= 5:
+      return None
+    return self.final.get(metric)
+
   def parameters(self) -> list[tuple[str, str, int]]:
     """Returns (name, shape, numbers in it) of every parameter; [] where no table was written."""
     path = self.folder / run_folder.PARAMETERS
@@ -104,7 +113,7 @@ class Group:
 
   def finals(self, metric: str) -> dict[int, float]:
     """Returns {seed: value} of a metric of the best checkpoints, where a run has it."""
-    return {r.seed: r.final[metric] for r in self.runs if r.final.get(metric) is not None}
+    return {r.seed: r.score(metric) for r in self.runs if r.score(metric) is not None}
 
 
 def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:

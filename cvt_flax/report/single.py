@@ -146,19 +146,22 @@ def _curves(run, plots):
 
 
 def _results(run):
-  of_two = len(run.class_names) == 2  # where top-5 is always 1
-  columns = {key: words for key, words in _SHARES.items() if not (of_two and key == 'top5')}
+  splits = dict.fromkeys(key.partition('/')[0] for key in run.final if '/' in key)
+  shares = {
+    key: words
+    for key, words in _SHARES.items()
+    if any(run.score(f'{split}/{key}') is not None for split in splits)
+  }
   rows = []
-  for name in dict.fromkeys(key.partition('/')[0] for key in run.final if '/' in key):
-    values = {k.partition('/')[2]: v for k, v in run.final.items() if k.startswith(f'{name}/')}
-    shares = [number(values.get(key), '.2%') for key in columns]
+  for split in splits:
     rows.append(
-      [_SPLITS.get(name, name), number(values.get('images')), *shares]
-      + [number(values.get('loss'), '.4f')]
+      [_SPLITS.get(split, split), number(run.score(f'{split}/images'))]
+      + [number(run.score(f'{split}/{key}'), '.2%') for key in shares]
+      + [number(run.score(f'{split}/loss'), '.4f')]
     )
   parts = []
   if rows:
-    parts.append(markup.table(['split', 'images', *columns.values(), 'loss'], rows))
+    parts.append(markup.table(['split', 'images', *shares.values(), 'loss'], rows))
     step = run.final['checkpoint']
     where = f', epoch {run.final["epoch"]:g}' if 'epoch' in run.final else ''
     parts.append(
@@ -174,7 +177,7 @@ def _results(run):
       markup.paragraph('There are none yet: the run has not evaluated its best weights.')
     )
   p = run.predictions
-  if p is not None and of_two:
+  if p is not None and len(run.class_names) == 2:
     positive = run.class_names[1]
     found = [
       [words, number(run.final[f'{p.split}/{name}'], '.2%')]

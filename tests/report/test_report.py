@@ -212,22 +212,40 @@ def test_seeds_are_one_config(make_run, tmp_path):
   assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
 
 
+def add(folder, **metrics):
+  """Adds metrics to the last line of a made run, NAME of test and val_NAME of validation."""
+  path = folder / 'metrics.jsonl'
+  *lines, evaluated, last = map(json.loads, path.read_text().splitlines())
+  for name, value in metrics.items():
+    if name.startswith('val_'):
+      evaluated[f'val/{name[4:]}'] = value
+    else:
+      last[f'test/{name}'] = value
+  path.write_text(''.join(json.dumps(line) + '\n' for line in (*lines, evaluated, last)))
+  return folder
+
+
 def test_two_classes_have_numbers_of_their_own(make_run):
-  folders = [
-    make_run(name, hits=hits, names=('cat', 'dog')) for name, hits in (('a', 50), ('b', 40))
-  ]
-  for folder, auc in zip(folders, (0.9, 0.8), strict=True):
-    *lines, last = (folder / 'metrics.jsonl').read_text().splitlines()
-    two = {'test/balanced_accuracy': 0.75, 'test/f1': 0.7, 'test/auc': auc, 'test/top5': 1.0}
-    lines.append(json.dumps(json.loads(last) | two))
-    (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
-  compared, alone = (Page(write_report(each)) for each in (folders, folders[:1]))
-  words = ' '.join(compared.words.split())
-  assert 'b test balanced accuracy 75.00%' in words and 'b test F1 70.00%' in words
-  assert 'a test AUC 90.00%' in words and 'b test AUC 80.00%' in words
-  assert 'AUC 90.00%' in ' '.join(alone.words.split())
-  assert 'top-1' in compared.words and 'top-1' in alone.words
-  assert 'top-5' not in compared.words and 'top-5' not in alone.words
+  a, b = (make_run(name, names=('cat', 'dog')) for name in 'ab')
+  add(a, balanced_accuracy=0.75, f1=0.7, auc=0.9, top5=1.0, val_auc=0.6)
+  add(b, balanced_accuracy=0.65, f1=0.6, auc=0.8, top5=1.0)
+  words = ' '.join(Page(write_report([a, b])).words.split())
+  for cells in ('b test balanced accuracy 65.00%', 'b test F1 60.00%', 'a validation AUC 60.00%'):
+    assert cells in words
+  assert 'a test AUC 90.00%' in words and "a: F1 and AUC are of 'dog'" in words
+  alone = Page(write_report([a])).words
+  assert 'AUC' in alone and 'top-1' in alone
+  assert 'top-5' not in alone and 'top-5' not in words
+
+
+def test_top5_is_of_more_than_five_classes(make_run):
+  two = add(make_run('two', names=('cat', 'dog')), f1=0.7, top5=1.0)
+  six = add(make_run('six', names=tuple('abcdef')), top5=0.875)
+  assert '87.50%' in Page(write_report([six])).words
+  words = ' '.join(Page(write_report([two, six])).words.split())
+  assert 'six test top-5 87.50%' in words and 'two test top-5' not in words
+  assert 'two test F1 70.00%' in words and 'six test F1' not in words
+  assert 'two test top-1' in words and 'six test top-1' in words
 
 
 def test_a_run_without_results_is_beside_one_with_them(make_run):
