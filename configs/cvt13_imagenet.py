@@ -4,8 +4,9 @@
   python train.py --config=configs/cvt13_imagenet.py:imagenette --config.source=folder:imagenette2
 
 The paper reports 81.6 % top-1, 86.7 ReaL, 70.4 V2. It has not been run here: 300 epochs take
-1.05e19 floating-point operations, 45 hours of one TPU v5e chip at a third of its matrix rate. The
-authors have 8 GPUs with 256 images each, and so their batch norms see 256 images.
+1.05e19 floating-point operations, 99 chip-hours of TPU v5e by the prediction in
+benchmarks/results/scale.md. The authors have 8 GPUs with 256 images each, and so their batch norms
+see 256 images.
 
 This is experiments/imagenet/cvt/cvt-13-224x224.yaml. It and the paper differ in the learning rate:
 0.002 in effect, 0.02 in the text.

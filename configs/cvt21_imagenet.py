@@ -3,8 +3,9 @@
   python train.py --config=configs/cvt21_imagenet.py --config.data_dir=DIR
 
 The paper reports 82.5 % top-1, 87.2 ReaL, 71.3 V2. It has not been run here: 300 epochs take
-1.66e19 floating-point operations, 70 hours of one TPU v5e chip at a third of its matrix rate. The
-authors have 16 GPUs with 128 images each, and so their batch norms see 128 images.
+1.66e19 floating-point operations, 144 chip-hours of TPU v5e by the prediction in
+benchmarks/results/scale.md. The authors have 16 GPUs with 128 images each, and so their batch
+norms see 128 images.
 
 This is experiments/imagenet/cvt/cvt-21-224x224.yaml as the code reads it. The file lists
 RandAugment and random erasing, but sets TIMM_AUG.USE_LOADER to false, and then neither is applied

@@ -6,7 +6,8 @@
 DIR/CLASS/image, or a TFDS data set in ArrayRecord form; its classes define the head. The paper
 pretrains CvT-21 so, and fine-tunes (configs/finetune.py) to 84.9 % on ImageNet-1k at 384, without
 saying for how long or at which rate. Not run here: 90 epochs of 14.2 million images take 5.50e19
-floating-point operations, 233 hours of one TPU v5e chip at a third of its matrix rate.
+floating-point operations, 493 chip-hours of TPU v5e by the prediction in
+benchmarks/results/scale.md.
 """
 
 from cvt_flax.training.recipes import imagenet22k

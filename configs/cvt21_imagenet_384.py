@@ -4,9 +4,9 @@
 
 This is experiments/imagenet/cvt/cvt-21-384x384.yaml, which trains 300 epochs at 384 from scratch.
 The paper's 83.3 % for this model come from fine-tuning: configs/finetune.py:imagenet. No accuracy
-is known of this recipe. It has not been run here: it takes 5.73e19 floating-point operations, 242
-hours of one TPU v5e chip at a third of its matrix rate. The authors have 16 GPUs with 128 images
-each.
+is known of this recipe. It has not been run here: it takes 5.73e19 floating-point operations, 507
+chip-hours of TPU v5e by the prediction in benchmarks/results/scale.md. The authors have 16 GPUs
+with 128 images each.
 """
 
 from cvt_flax.training.recipes import imagenet_384

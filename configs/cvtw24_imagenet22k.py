@@ -4,9 +4,10 @@
   python train.py --config=configs/cvtw24_imagenet22k.py --config.source=tfds:NAME
 
 DIR/CLASS/image, or a TFDS data set in ArrayRecord form; its classes define the head. The paper
-pretrains CvT-W24 so, and fine-tunes (configs/finetune.py) to 87.7 % on ImageNet-1k at 384,
-without saying for how long or at which rate. Not run here: 90 epochs of 14.2 million images take
-4.67e20 floating-point operations, 1976 hours of one TPU v5e chip at a third of its matrix rate.
+pretrains CvT-W24 so, and fine-tunes (configs/finetune.py) to 87.7 % on ImageNet-1k at 384, without
+saying for how long or at which rate. Not run here: 90 epochs of 14.2 million images take 4.67e20
+floating-point operations, 3,338 chip-hours of TPU v5e by the prediction in
+benchmarks/results/scale.md.
 """
 
 from cvt_flax.training.recipes import imagenet22k

@@ -2,11 +2,11 @@
 
   python train.py --config=configs/cvtw24_imagenet_384.py --config.data_dir=DIR
 
-This is experiments/imagenet/cvt/cvt-w24-384x384.yaml, which trains 300 epochs at 384 from
-scratch. The paper's 87.7 % for this model come from fine-tuning after pretraining on
-ImageNet-22k: configs/finetune.py:imagenet. No accuracy is known of this recipe. It has not been
-run here: it takes 4.48e20 floating-point operations, 1895 hours of one TPU v5e chip at a third of
-its matrix rate. The authors have 16 GPUs with 128 images each.
+This is experiments/imagenet/cvt/cvt-w24-384x384.yaml, which trains 300 epochs at 384 from scratch.
+The paper's 87.7 % for this model come from fine-tuning after pretraining on ImageNet-22k:
+configs/finetune.py:imagenet. No accuracy is known of this recipe. It has not been run here: it
+takes 4.48e20 floating-point operations, 2,364 chip-hours of TPU v5e by the prediction in
+benchmarks/results/scale.md. The authors have 16 GPUs with 128 images each.
 """
 
 from cvt_flax.training.recipes import imagenet_384

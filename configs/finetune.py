@@ -16,8 +16,8 @@ for other classes starts anew. Top-1 in the paper, pretrained on ImageNet-22k:
 SGD with momentum 0.9, 512 images a step, and 20,000 steps for ImageNet, 10,000 for CIFAR, 500 for
 the others are the paper's. The learning rate is not published: ours is in recipes.fine_tuning, with
 where it comes from. It says 384 of ImageNet, and implies it of the others. Not run here: 20,000
-steps of CvT-13 take 1.0e18 floating-point operations, 4.2 hours of one TPU v5e chip at a third of
-its matrix rate.
+steps of CvT-13 take 1.0e18 floating-point operations, 9.5 chip-hours of TPU v5e at the rate that
+benchmarks/results/scale.md predicts for cvt13_imagenet_384.
 """
 
 from cvt_flax.errors import UserError

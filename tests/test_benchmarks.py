@@ -1,6 +1,7 @@
 """What the benchmarks compare with computes the same, and the tools run."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -74,6 +75,19 @@ def test_cycles_are_of_the_layer_that_an_instruction_is_of():
     'linear layers, forward': 16,
     'the rest, forward': 64,
   }
+
+
+def test_the_document_of_scale_has_the_tables_of_its_results():
+  results = BENCHMARKS / 'results'
+  document = (results / 'scale.md').read_text()
+  (name,) = set(re.findall(r'[\d-]+-scale\.json', document))
+  plans = scale.read(results / name)
+  for table, rows in scale.TABLES.items():
+    assert table(plans, rows) in document
+  for line in scale.sizing(plans, scale.OFFICIAL).splitlines()[2:]:
+    _, config, *_, hours, _ = (cell.strip(' `') for cell in line.split('|'))
+    text = (BENCHMARKS.parent / 'configs' / f'{config}.py').read_text()
+    assert f'{hours} chip-hours' in ' '.join(text.split())
 
 
 def test_the_size_of_a_slice_is_counted():

@@ -53,6 +53,6 @@ def test_what_an_image_takes_of_the_devices(config, tmp_path, monkeypatch):
   assert training.image_share == pytest.approx(one / 2e12)
   config.optimizer.freeze = 'stage0/.*'
   assert TrainingSetup(freeze(config), tmp_path / 'frozen').image_share is None
-  # A third of a v5e's rate, as in configs/cvt13_imagenet.py: how many images a second?
+  # A third of a v5e's rate: how many images a second?
   share = 3 * 2 * multiply_adds(create_model('cvt-13'), 224, 224) / 197e12
   assert 2300 < 0.333 / share < 2500
