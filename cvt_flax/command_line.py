@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 
 from cvt_flax import terminal
-from cvt_flax.errors import Diverged, Interrupted, UserError
+from cvt_flax.errors import Diverged, Interrupted, UserError, is_momentary
 
 # What libraries write to the terminal by themselves, from errors on; read when jax is imported.
 _QUIET = {
@@ -20,8 +20,6 @@ _QUIET = {
   'TPU_STDERR_LOG_LEVEL': '2',
   'GRPC_VERBOSITY': 'ERROR',
 }
-# Errors of a file system over a network, which another try may not meet.
-_OF_THE_MOMENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 _BROKEN_PIPE = 141  # as a shell has it for a program that SIGPIPE ended
 
 
@@ -54,7 +52,7 @@ def run(main: Callable[[], None]) -> None:
     main()
     sys.stdout.flush()
   except UserError as e:
-    _exit(e, 2)
+    _exit(e, 1 if is_momentary(e.__cause__) else 2)
   except Diverged as e:
     _exit(e, 3)
   except Interrupted as e:
@@ -65,7 +63,7 @@ def run(main: Callable[[], None]) -> None:
   except OSError as e:
     if not e.filename and e.errno != errno.ENOSPC:
       _crash()  # nothing that a line could name
-    _exit(f'{e.filename or "output"}: {e.strerror}', 1 if e.errno in _OF_THE_MOMENT else 2)
+    _exit(f'{e.filename or "output"}: {e.strerror}', 1 if is_momentary(e) else 2)
   except KeyboardInterrupt:
     _stop_at_once()
   except Exception:

@@ -1,7 +1,20 @@
 """Errors that a person can act on."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Mapping
+
+_MOMENTARY = (
+  errno.EIO,
+  errno.ESTALE,
+  errno.ETIMEDOUT,
+  errno.EHOSTDOWN,
+  errno.EHOSTUNREACH,
+  errno.ENOTCONN,
+)
+# What libraries make of these, and of a store that does not answer (gRPC's codes).
+_MOMENTARY_WORDS = (*map(os.strerror, _MOMENTARY), 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
 
 
 class UserError(Exception):
@@ -38,3 +51,13 @@ def nearest(word: str, allowed: Iterable[str], shown: Mapping[str, str] | None =
   close = difflib.get_close_matches(word, list(allowed), n=1)
   found = [shown[name] if shown else name for name in close]
   return f', did you mean {found[0]!r}?' if found else ''
+
+
+def is_momentary(error: BaseException | None) -> bool:
+  """Whether an error is of a file system over a network that does not answer.
+
+  Another try may not meet it: the input is not to blame, and a run goes on from its checkpoint.
+  """
+  if isinstance(error, OSError) and error.errno is not None:
+    return error.errno in _MOMENTARY
+  return any(words in str(error) for words in _MOMENTARY_WORDS)

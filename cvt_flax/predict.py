@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import glob
 import json
+import os
 import pathlib
 import sys
 import typing
@@ -160,6 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
   if options.csv == '':
     raise UserError('--csv=: the name of a file is needed')
   if options.csv:
+    options.csv = os.path.expanduser(options.csv)  # a shell leaves the ~ of --csv=~/a.csv
     files.check_new(pathlib.Path(options.csv))
   _check(options.images, options.top, options.image_size, options.batch_size)
   weights = pretrained.load(options.weights)

@@ -23,7 +23,7 @@ def path_of(place: str | pathlib.Path) -> pathlib.Path:
     UserError: it is in another store, gcsfs is not installed, or the place cannot be reached.
   """
   if not is_remote(place):
-    return pathlib.Path(place)
+    return pathlib.Path(os.path.expanduser(place))  # a shell leaves the ~ of --workdir=~/runs
   if not str(place).startswith('gs://'):
     raise UserError(f'{place}: a folder of this machine, or gs://BUCKET/FOLDER, is needed')
   if not importlib.util.find_spec('gcsfs'):  # epath comes without it

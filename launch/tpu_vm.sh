@@ -9,7 +9,7 @@
 # IMAGE is built from launch/Dockerfile; RUNS is an NFS export (Filestore), mounted as /runs by all
 # hosts. SPOT=1 asks for a spot slice. The command stays until training has ended, and ends with its
 # exit code. Hosts that are stopped, lost or taken away are started, or made, again, and the run goes
-# on. Ctrl-C stops training, which saves. The slice is left to you:
+# on; five errors in a row, each within an hour and of hosts that are there, end the command. Ctrl-C stops training, which saves. The slice is left to you:
 # gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 
@@ -63,6 +63,7 @@ make_slice() {
         exit 1
         ;;
     esac
+    errors=0
     sleep "${POLL_SECONDS:-30}"
   done
 }
@@ -87,11 +88,12 @@ exit "\$code"
 EOF
 )
 
-said=$(mktemp)
+said=$(mktemp) errors=0
 trap 'rm -f "$said"' EXIT
 trap 'on_all_hosts "sudo docker stop --time=120 cvt"; exit 130' INT TERM
 while true; do
   make_slice
+  began=$SECONDS
   on_all_hosts "$on_a_host" 2>&1 | tee "$said" || true
   # 0: done; 2: wrong input; 3: a loss that is not finite. Of hosts one may end by another's end.
   for code in 2 3 0; do
@@ -99,5 +101,15 @@ while true; do
       exit "$code"
     fi
   done
+  # 1: an error with a traceback; docker's own: it did not start, or the image is not of ours.
+  if ((SECONDS - began < 3600)) && grep -qE '^train.py ended with (1|125|126|127)$' "$said"; then
+    errors=$((errors + 1))
+  else
+    errors=0
+  fi
+  if ((errors == 5)); then
+    printf 'five errors in a row, the last is above: mend it, and start again\n' >&2
+    exit 1
+  fi
   sleep "${POLL_SECONDS:-30}"
 done

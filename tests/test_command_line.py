@@ -1,5 +1,6 @@
 """What all command lines share: quiet libraries, colour, Ctrl-C, exit codes."""
 
+import errno
 import io
 import os
 import re
@@ -38,6 +39,13 @@ def raises(error):
   return main
 
 
+def of_file_system(number):
+  """A UserError that was made of what a file system said."""
+  error = UserError('cannot read a.npz')
+  error.__cause__ = OSError(number, os.strerror(number))
+  return error
+
+
 @pytest.mark.parametrize(
   ('error', 'code', 'line'),
   [
@@ -48,6 +56,8 @@ def raises(error):
     (FileNotFoundError(2, 'No such file', 'a.jpg'), 2, 'a.jpg: No such file'),
     (OSError(28, 'No space left on device'), 2, 'output: No space left on device'),
     (OSError(116, 'Stale file handle', 'a.npz'), 1, 'a.npz: Stale file handle'),
+    (of_file_system(errno.ENOTCONN), 1, 'cannot read a.npz'),
+    (of_file_system(errno.ENOTDIR), 2, 'cannot read a.npz'),
   ],
 )
 def test_an_error_is_one_line_and_an_exit_code(monkeypatch, error, code, line):

@@ -109,6 +109,22 @@ def test_a_training_that_fails_ends_the_command(code, play):
   assert done.returncode == code and len(calls) == 2
 
 
+@pytest.mark.parametrize('code', [1, 125])
+def test_an_error_that_comes_again_and_again_ends_the_command(code, play):
+  failed = ['0 ACTIVE', f'1 {ENDED} {code}']
+  done, calls = play([*TPU, *ARGUMENTS], gcloud=[*(failed * 5), '0 ACTIVE', f'0 {ENDED} 0'])
+  assert done.returncode == 1 and len(calls) == 10
+  assert 'five errors in a row' in done.stderr and f'{ENDED} {code}' in done.stdout
+
+
+@pytest.mark.parametrize('between', [['0 ACTIVE', '75'], ['0 SUSPENDED', '0', '0 ACTIVE', '1']])
+def test_errors_with_something_else_between_them_do_not(between, play):
+  failed = ['0 ACTIVE', f'1 {ENDED} 1'] * 3
+  answers = [*failed, *between, *failed, '0 ACTIVE', f'0 {ENDED} 0']
+  done, calls = play([*TPU, *ARGUMENTS], gcloud=answers)
+  assert done.returncode == 0 and len(calls) == len(answers)
+
+
 def test_a_slice_that_cannot_be_made(play):
   done, _ = play([*TPU, *ARGUMENTS], gcloud=['0 FAILED', '0 why it failed'])
   assert done.returncode == 1 and 'why it failed' in done.stderr

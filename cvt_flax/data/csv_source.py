@@ -60,7 +60,7 @@ def load_csv(file: str) -> Dataset:
 
 def _records(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
   """Yields (line number, path, label, split) of every image."""
-  reader = csv.reader(lines, strict=True)
+  reader = csv.reader(lines, strict=True, skipinitialspace=True)
   try:
     header = next(reader, None)
     if header is None:
@@ -76,6 +76,7 @@ def _records(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str, str, s
           'holds a comma'
         )
       name, label, split = ('train' if c is None else row[c] for c in columns)
+      label, split = label.strip(), split.strip()
       for column, value in zip(_COLUMNS, (name, label, split), strict=True):
         if not value.strip() or '\0' in value:
           raise UserError(f'{where} has {"a NUL in its" if value.strip() else "no"} {column}')

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from cvt_flax.data.dataset import Example, Split, sha256
-from cvt_flax.errors import UserError
 
 _BLOCK = 64  # names: to look one up is quick, and larger blocks are hardly smaller
 _OPEN_FILES = 8_192
@@ -94,6 +93,7 @@ class FileSplit(Split):
       data = pathlib.Path(path).read_bytes()
     except (FileNotFoundError, PermissionError) as error:
       data = error
-    except OSError as error:  # which another try may not meet
-      raise UserError(f'cannot read {path}: {error.strerror}') from error
+    except OSError as error:  # not of the file, so the image is not left out
+      error.filename = path  # reading, in place of opening, names none
+      raise
     return Example(data, int(self.labels[index]), index, path)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,7 +11,18 @@ from cvt_flax.data.dataset import SPLIT_NAMES, Dataset
 from cvt_flax.data.files import FileSplit, NamePacker
 from cvt_flax.errors import UserError, nearest
 
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm')
+IMAGE_EXTENSIONS = (
+  '.jpg',
+  '.jpeg',
+  '.jfif',
+  '.png',
+  '.bmp',
+  '.webp',
+  '.gif',
+  '.tif',
+  '.tiff',
+  '.ppm',
+)
 _FOLDER_FORMS = 'DIR/train/CLASS/image or DIR/CLASS/image'
 
 
@@ -31,15 +43,16 @@ def list_images(directory: str) -> FileSplit:
   Raises:
     UserError: there is none, or a folder cannot be read.
   """
-  packer, count = NamePacker(), 0
+  packer, count, others = NamePacker(), 0, Counter()
   try:
-    for names in _images_below(directory, ''):
+    for names in _images_below(directory, '', others):
       packer.extend(names)
       count += len(names)
   except OSError as error:
     raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
   if not count:
     raise UserError(f'no images in {directory}; looked for {" ".join(IMAGE_EXTENSIONS)}')
+  _tell_of(others, directory)
   return FileSplit(directory, directory, packer.finish(), np.full(count, -1, np.int32))
 
 
@@ -57,17 +70,22 @@ def _list_folder(root: str) -> Dataset:
         f'{lacks} has no class {name!r}, but {has} has; all splits have the same '
         'class folders (they may be empty in validation and test)'
       )
+  others = Counter()
   splits = {
-    split: _list_split(path, class_names, may_lack=path != first) for split, path in folders.items()
+    split: _list_split(path, class_names, others, may_lack=path != first)
+    for split, path in folders.items()
   }
+  _tell_of(others, root)
   return Dataset(os.path.basename(os.path.abspath(root)), tuple(class_names), **splits)
 
 
-def _list_split(path: str, class_names: Sequence[str], may_lack: bool) -> FileSplit:
-  """Lists one split; unless `may_lack`, each class has an image."""
+def _list_split(
+  path: str, class_names: Sequence[str], others: Counter, may_lack: bool
+) -> FileSplit:
+  """Lists one split; unless `may_lack`, each class has an image. Adds to `others`."""
   packer, counts = NamePacker(), []
   for name in class_names:
-    found = sorted(itertools.chain.from_iterable(_images_below(path, name)))
+    found = sorted(itertools.chain.from_iterable(_images_below(path, name, others)))
     packer.extend(found)
     counts.append(len(found))
   empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
@@ -105,14 +123,17 @@ def _split_folders(root: str) -> dict[str, str]:
 def _subfolders(path: str) -> list[str]:
   """Returns the names of the visible folders in `path`, links included, sorted."""
   with os.scandir(path) as entries:
-    return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith('.'))
+    visible = [e.name for e in entries if e.is_dir() and not e.name.startswith('.')]
+  return sorted(name for name in visible if name != '__MACOSX')  # macOS's notes in a zip file
 
 
-def _images_below(root: str, folder: str, above: tuple[str, ...] = ()) -> Iterator[list[str]]:
+def _images_below(
+  root: str, folder: str, others: Counter, above: tuple[str, ...] = ()
+) -> Iterator[list[str]]:
   """Yields the visible images in and below root/folder, from root on, sorted; follows links.
 
-  Those of one folder come together, then those of the folders in it. `above` are the real paths of
-  the folders that it is in.
+  Those of one folder come together, then those of the folders in it. The extensions of files that
+  are none are counted in `others`. `above` are the real paths of the folders that it is in.
   """
   path = os.path.join(root, folder)
   above += (os.path.realpath(path),)
@@ -120,8 +141,21 @@ def _images_below(root: str, folder: str, above: tuple[str, ...] = ()) -> Iterat
     return
   with os.scandir(path) as entries:
     visible = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
-  files = [e.name for e in visible if not e.is_dir()]
-  yield [os.path.join(folder, f) for f in files if f.lower().endswith(IMAGE_EXTENSIONS)]
+  images = []
+  for file in (e.name for e in visible if not e.is_dir()):
+    extension = os.path.splitext(file)[1].lower()
+    if extension in IMAGE_EXTENSIONS:
+      images.append(os.path.join(folder, file))
+    else:
+      others[extension or 'none'] += 1
+  yield images
   for entry in visible:
     if entry.is_dir():
-      yield from _images_below(root, os.path.join(folder, entry.name), above)
+      yield from _images_below(root, os.path.join(folder, entry.name), others, above)
+
+
+def _tell_of(others: Counter, root: str) -> None:
+  """Prints how many files were left out, by their extension."""
+  if others:
+    kinds = ', '.join(f'{extension} {count:,}' for extension, count in others.most_common(5))
+    print(f'{root}: left out {others.total():,} files that by name are no images ({kinds})')

@@ -163,7 +163,8 @@ def stratified_choice(
   """Chooses examples so that each class keeps its share.
 
   Each class gives the whole part of count * (its share); what is missing to `count` comes, one
-  each, from the classes with the largest fractions, and from those of a single image last.
+  each, from the classes with the largest fractions. The last image of a class is not taken while
+  another class has more than one left.
 
   Args:
     labels: int [N].
@@ -175,9 +176,10 @@ def stratified_choice(
   """
   classes, sizes = np.unique(labels, return_counts=True)
   quotas, fractions = np.divmod(sizes.astype(np.int64) * count, len(labels))
-  fractions[sizes == 1] = 0  # a class would be gone from train
-  missing = count - quotas.sum()
-  quotas[np.argsort(-fractions, kind='stable')[:missing]] += 1
+  while missing := count - quotas.sum():
+    left = sizes - quotas
+    able = np.flatnonzero(left > 1 if left.max() > 1 else left == 1)
+    quotas[able[np.argsort(-fractions[able], kind='stable')[:missing]]] += 1
   rank = np.random.default_rng((seed, stream)).random(len(labels))
   chosen = []
   for cls, quota in zip(classes, quotas, strict=True):

@@ -182,12 +182,16 @@ class _Rows:
       if not self.reading.skip_unreadable:
         raise UserError(f'{error}; {images.SKIP}') from error
       image, mask = np.zeros((size, size, 3), np.uint8), 0
-    return {
-      'image': image,
-      'label': np.int32(example.label),
-      'mask': np.float32(mask),
-      'index': np.int32(example.index),
-    }
+    return _row(image, example.label, mask, example.index)
+
+
+def _row(image, label, mask, index) -> Batch:
+  return {
+    'image': image,
+    'label': np.int32(label),
+    'mask': np.float32(mask),
+    'index': np.int32(index),
+  }
 
 
 class _TrainRows(_Rows):
@@ -215,15 +219,14 @@ class _EvalRows(_Rows):
     self.size, self.crop_ratio, self.num_classes = size, crop_ratio, num_classes
 
   def __getitem__(self, row: int) -> Batch:
-    place = self._global_row(row)
-    padding = place >= len(self.split)
-    example = self.split[0 if padding else place]
-    record = self._record(example, self.size, self._pixels)
+    place, labels = self._global_row(row), ()
+    if place < len(self.split):
+      example = self.split[place]
+      record, labels = self._record(example, self.size, self._pixels), example.labels
+    else:
+      record = _row(np.zeros((self.size, self.size, 3), np.uint8), 0, 0, -1)
     if self.split.multi_label:
-      record['labels'] = np.isin(np.arange(self.num_classes), example.labels)
-    if padding:
-      record = {name: np.zeros_like(value) for name, value in record.items()}
-      record['index'] = np.int32(-1)
+      record['labels'] = np.isin(np.arange(self.num_classes), labels)
     return record
 
   def _pixels(self, example):

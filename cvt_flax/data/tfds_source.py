@@ -22,7 +22,7 @@ from PIL import Image
 
 from cvt_flax.data.dataset import SPLIT_NAMES, Dataset, Example, Split, sha256, wrong_label
 from cvt_flax.data.files import allow_open_files
-from cvt_flax.errors import UserError, nearest
+from cvt_flax.errors import UserError, is_momentary, nearest
 
 # The command line of TFDS imports all of these, and they want older versions of packages that
 # this project needs: hence an environment of their own.
@@ -87,6 +87,8 @@ class TfdsSplit(Split):
     try:
       return fetch(where)
     except RuntimeError as error:  # what ArrayRecord raises for damaged and missing files
+      if is_momentary(error):
+        raise
       raise UserError(f'cannot read {self.name}: {error}; prepare it again') from error
 
   def _example(self, index: int, record: dict[str, typing.Any]) -> Example:
@@ -277,6 +279,8 @@ def _prepare_cifar(builder, root: str) -> None:
   except tfds.download.download_manager.NonMatchingChecksumError as error:
     raise UserError(f'{archive} in {downloads} has the wrong checksum; remove it') from error
   except (tfds.download.DownloadError, OSError) as error:
+    if pathlib.Path(builder.data_dir, 'dataset_info.json').exists():
+      return  # another process was first
     raise UserError(f'cannot prepare {builder.name} in {root}: {error}') from error
 
 

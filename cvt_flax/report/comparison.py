@@ -99,9 +99,11 @@ def _results(groups):
 
 
 def _paired_tests(groups):
-  """Yields a paired t-test over the seeds of every two configs."""
-  rows = []
+  """Yields a paired t-test over the seeds of every two configs; of single runs there is none."""
+  rows, apart = [], []
   for a, b in itertools.combinations(groups, 2):
+    if len(_pairs(a, b)) < 2 <= max(len(a.runs), len(b.runs)):
+      apart.append(f'{b.name} and {a.name}')
     for metric, name, form in (m for m in _METRICS if m[0] in _TESTED):
       test = statistics.paired_t(a.finals(metric), b.finals(metric))
       if test:
@@ -114,9 +116,12 @@ def _paired_tests(groups):
     yield markup.table(['configs', 'metric', 'difference', 'p', 'seeds'], rows)
     yield markup.paragraph(
       'Two-sided; p is of a mean difference of zero over seeds. With few seeds only a large '
-      'difference shows.',
+      'difference shows. Where every seed differs by the same there is no p.',
       faint=True,
     )
+  if apart:
+    words = 'Too few seeds in common for a paired test, of which two are the least'
+    yield markup.paragraph(f'{words}: {", ".join(apart)}.')
 
 
 def _mcnemar(groups):

@@ -72,6 +72,7 @@ _STYLES = {
   'thin': dict(linewidth=1.1, alpha=0.75),
   'star': dict(linestyle='none', marker='*', markersize=13, zorder=5),
 }
+_DASHES = '-', '--', ':'  # when all colours have been used, they come again with the next
 
 
 def lines(theme: Theme, drawn: Sequence[Line], percent: bool = False) -> Figure:
@@ -95,8 +96,10 @@ def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = 
       style.setdefault('marker', 'o')
     elif len(line.x) > _MOST_MARKED and line.style == 'line':
       del style['marker']
-    color = theme.lines[line.color % len(theme.lines)]
-    axes.plot(line.x, line.y, color=color, label=line.label or '_', **style)
+    again, color = divmod(line.color, len(theme.lines))
+    if line.style != 'star':
+      style['linestyle'] = _DASHES[again % len(_DASHES)]
+    axes.plot(line.x, line.y, color=theme.lines[color], label=line.label or '_', **style)
   if percent:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
   else:

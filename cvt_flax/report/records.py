@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -100,8 +101,8 @@ class Run:
     if not path.exists():
       return []
     cells = [[c.strip() for c in row.split('|')] for row in path.read_text().splitlines()]
-    rows = [c for c in cells if len(c) == 6 and c[4].replace(',', '').isdigit()]
-    return [(name, shape, int(size.replace(',', ''))) for _, name, shape, _, size, _ in rows]
+    rows = [c[1:5] for c in cells if len(c) >= 6 and c[4].replace(',', '').isdigit()]
+    return [(name, shape, int(size.replace(',', ''))) for name, shape, _, size in rows]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,10 +132,16 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
   return [Group(name, _runs(path)) for name, path in zip(names, paths, strict=True)]
 
 
+def is_of_seed(folder: pathlib.Path) -> bool:
+  """Whether a folder is called as those of `config.seeds` are; 'seed-0-old' is not."""
+  return bool(re.fullmatch(SEED_FOLDER.format(r'\d+'), folder.name))
+
+
 def _runs(folder):
   if (folder / run_folder.EXPERIMENT).is_file():
     return (read_run(folder),)
-  found = [p.parent for p in folder.glob(f'{SEED_FOLDER.format("*")}/{run_folder.EXPERIMENT}')]
+  below = (path.parent for path in folder.glob(f'*/{run_folder.EXPERIMENT}'))
+  found = [path for path in below if is_of_seed(path)]
   if not found:
     what = 'holds no run' if folder.is_dir() else 'there is no such folder'
     raise UserError(f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...')
@@ -204,5 +211,5 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list]:
 
 def default_output(groups: Sequence[Group], folders: Sequence[str | pathlib.Path]) -> pathlib.Path:
   """Returns where a report goes: into the run's folder, for several into the first one's."""
-  report = storage.path_of(folders[0]) / 'report'
+  report = (storage.path_of(folders[0]) / run_folder.REPORT).parent
   return report / 'comparison' if len(groups) > 1 else report

@@ -6,6 +6,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from cvt_flax.errors import UserError
@@ -96,7 +97,9 @@ def _head(run):
   title = c['name'] or run.folder.absolute().name
   parts = [markup.heading(title, f'{run.folder}, seed {c["seed"]}')]
   if not final:
-    parts.append(markup.paragraph('The run is not finished: this is what it has written so far.'))
+    words = 'The run is not finished: this is what it has written so far'
+    of = f'; its predictions are of step {p.step}' if p is not None else ''
+    parts.append(markup.paragraph(f'{words}{of}.'))
   elif p is not None and p.step != final['checkpoint']:
     parts.append(
       markup.paragraph(
@@ -184,17 +187,18 @@ def _results(run):
       for name, words in _TWO_CLASSES.items()
       if run.final.get(f'{p.split}/{name}') is not None
     ]
-    parts.append(markup.table([f'two classes, {_SPLITS[p.split]}', ''], found))
-    parts.append(markup.paragraph(f'F1 and AUC are of {positive!r} against the other.', faint=True))
+    if found:
+      parts.append(markup.table([f'two classes, {_SPLITS[p.split]}', ''], found))
+      words = f'F1 and AUC are of {positive!r} against the other.'
+      parts.append(markup.paragraph(words, faint=True))
   return markup.section('Results', *parts)
 
 
 def _classes(run, p: Predictions, plots):
   names = run.class_names
-  matrix = statistics.confusion(p, len(names))
-  counts = matrix.sum(1)
+  counts = np.bincount(p.label, minlength=len(names))
   there = np.flatnonzero(counts)
-  accuracy = np.diag(matrix)[there] / counts[there]
+  accuracy = np.bincount(p.label[p.hits], minlength=len(names))[there] / counts[there]
   order = np.argsort(accuracy, kind='stable')
   rows = [
     [names[there[i]], number(int(counts[there[i]])), number(float(accuracy[i]), '.1%')]
@@ -207,11 +211,11 @@ def _classes(run, p: Predictions, plots):
     title = f'Accuracy by class, the {half} lowest and the {half} highest of {len(order)}'
   drawn = [plots('classes', title, figures.bars, [names[there[i]] for i in shown], accuracy[shown])]
   if len(names) <= figures.MOST_IN_MATRIX:
-    heading = 'Confusion, % of the true class'
+    heading, matrix = 'Confusion, % of the true class', statistics.confusion(p, len(names))
     drawn.append(plots('confusion', heading, figures.confusion, names, matrix))
   confused = [
     [names[i], names[j], number(n), number(n / int(counts[i]), '.1%')]
-    for i, j, n in statistics.most_confused(matrix, _CONFUSED)
+    for i, j, n in statistics.most_confused(p, _CONFUSED)
   ]
   parts = [
     markup.paragraph(f'{int(p.hits.sum()):,} of {len(p):,} {_SPLITS[p.split]} images are right.')
@@ -236,7 +240,7 @@ def _of_source(run, p, plots):
   for title, part in (('Worst mistakes', _mistakes), ('Attention', _attention)):
     try:
       found = part(run, p, source, plots)
-    except UserError as e:
+    except (UserError, jax.errors.JaxRuntimeError) as e:  # the latter where memory is too little
       found = [markup.paragraph(f'This cannot be shown: {e}.')]
     if found:
       yield markup.section(title, *found)

@@ -14,10 +14,16 @@ from cvt_flax.report.predictions import Predictions
 
 @dataclasses.dataclass(frozen=True)
 class PairedT:
-  """A paired t-test over seeds: mean of the differences, two-sided p, number of pairs."""
+  """A paired t-test over seeds.
+
+  Attributes:
+    difference: the mean of the differences.
+    p: two-sided; None where all differences are equal, of which the test says nothing.
+    n: pairs.
+  """
 
   difference: float
-  p: float
+  p: float | None
   n: int
 
 
@@ -46,15 +52,15 @@ def paired_t(a: Mapping[int, float], b: Mapping[int, float]) -> PairedT | None:
   """Compares {seed: value} over the seeds that both have.
 
   Returns:
-    The test, whose difference is b - a; None with fewer than two seeds, or where all differences
-    are equal, of which the test says nothing.
+    The test, whose difference is b - a; None with fewer than two seeds.
   """
   seeds = sorted(a.keys() & b.keys())
-  first, second = np.array([a[s] for s in seeds]), np.array([b[s] for s in seeds])
-  if len(seeds) < 2 or np.ptp(second - first) < 1e-12:
+  if len(seeds) < 2:
     return None
-  p = scipy.stats.ttest_rel(second, first).pvalue
-  return PairedT(float(np.mean(second - first)), float(p), len(seeds))
+  found = np.array([b[s] - a[s] for s in seeds])
+  same = np.ptp(found) < 1e-12
+  p = None if same else float(scipy.stats.ttest_1samp(found, 0.0).pvalue)
+  return PairedT(float(np.mean(found)), p, len(seeds))
 
 
 def mcnemar(a: Predictions, b: Predictions) -> McNemar | None:
@@ -84,12 +90,12 @@ def confusion(p: Predictions, classes: int) -> np.ndarray:
   return sklearn.metrics.confusion_matrix(p.label, p.prediction, labels=range(classes))
 
 
-def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
+def most_confused(p: Predictions, count: int) -> list[tuple[int, int, int]]:
   """Returns the most frequent mistakes as (true class, prediction, images), most first."""
-  wrong = matrix - np.diag(np.diag(matrix))
-  order = np.argsort(-wrong, axis=None, kind='stable')[:count]
-  pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
-  return [(int(i), int(j), int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
+  wrong = np.stack([p.label, p.prediction], axis=1)[~p.hits]
+  pairs, images = np.unique(wrong, axis=0, return_counts=True)
+  order = np.argsort(-images, kind='stable')[:count]
+  return [(*pairs[i].tolist(), int(images[i])) for i in order]
 
 
 def worst_mistakes(p: Predictions, count: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cvt_flax import storage
 from cvt_flax.report import comparison, markup, records, single
+from cvt_flax.weights import run_folder
 
 
 def write_report(
@@ -33,6 +34,6 @@ def write_report(
   alone = groups[0].runs[0] if len(groups) == 1 and len(groups[0].runs) == 1 else None
   parts = single.sections(alone, output) if alone else comparison.sections(groups, output)
   title = ', '.join(group.name for group in groups)
-  page = output / 'index.html'
+  page = output / pathlib.Path(run_folder.REPORT).name
   page.write_text(markup.page(title, parts), encoding='utf-8')
   return page

@@ -192,7 +192,7 @@ class OptimizerConfig:
   freeze: str = key(
     '',
     "what is not trained: 'backbone', all but the head, or an expression for names as in "
-    "parameters.txt, 'stage[01]/.*' for example; '': nothing",
+    "parameters.txt, 'stage[01]/.*' for example; '' or 'none': nothing",
   )
   layer_decay: float = key(
     1.0,

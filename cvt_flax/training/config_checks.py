@@ -70,6 +70,15 @@ def _check_warmup(c: TrainConfig):
     )
 
 
+def _check_first_epoch(c: TrainConfig):
+  o = c.optimizer
+  if o.schedule_per == 'epoch' and o.warmup_epochs and not o.warmup_learning_rate:
+    raise UserError(
+      "optimizer.schedule_per='epoch' with optimizer.warmup_learning_rate=0: the rate of the whole "
+      'first epoch would be 0, and nothing be learnt; 1e-6 is what the ImageNet configs have'
+    )
+
+
 def _check_class_weights(c: TrainConfig):
   if c.class_weights and not any(c.class_weights):
     raise UserError(f'class_weights={c.class_weights!r}: one above 0 is needed, or no class counts')
@@ -140,6 +149,7 @@ CHECKS: tuple[Callable[[TrainConfig], None], ...] = (
   _check_rand_augment,
   _check_repeats,
   _check_warmup,
+  _check_first_epoch,
   _check_class_weights,
   _check_milestones,
   _check_decays,

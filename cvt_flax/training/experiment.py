@@ -14,6 +14,7 @@ import numpy as np
 from cvt_flax import storage
 from cvt_flax.data.dataset import Dataset
 from cvt_flax.errors import UserError
+from cvt_flax.report.records import is_of_seed
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
 from cvt_flax.weights import run_folder
@@ -90,8 +91,12 @@ def read(folder: pathlib.Path) -> Experiment | None:
 
 
 def free(folder: pathlib.Path) -> str:
-  """Returns the flag for a folder beside one that is taken: '--workdir=runs/digits-seed0-2'."""
+  """Returns the flag for a folder beside one that is taken: '--workdir=runs/digits-seed0-2'.
+
+  Of one of several seeds it is beside the folder that all of them are in.
+  """
   folder = folder.resolve() if folder.name in ('', '..') else folder
+  folder = folder.parent if is_of_seed(folder) else folder
   beside = (storage.path_of(f'{folder}-{i}') for i in itertools.count(2))
   return f'--workdir={next(path for path in beside if not path.exists())}'
 

@@ -83,14 +83,14 @@ def find_frozen(freeze: str, paths: Iterable[Path]) -> Frozen:
   """Returns what a config freezes.
 
   Args:
-    freeze: optimizer.freeze: '' for nothing, 'backbone' for all but the head, or a regular
-      expression for the whole of a parameter's name, such as 'stage[01]/.*'.
+    freeze: optimizer.freeze: '' or 'none' for nothing, 'backbone' for all but the head, or a
+      regular expression for the whole of a parameter's name, such as 'stage[01]/.*'.
     paths: of all parameters.
 
   Raises:
     UserError: it is of no parameter, or of all of them.
   """
-  if not freeze:
+  if freeze in ('', 'none'):
     return Frozen()
   paths = sorted(paths)
   if freeze == BACKBONE:

@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 
 from cvt_flax.errors import UserError
 
-# What says that a machine has an accelerator, and what jax on it needs.
+# What says that a machine has an accelerator, and what jax on it needs. TPUs up to v4 are accel,
+# later ones vfio.
 _ACCELERATORS = (
   ('an NVIDIA GPU', '/dev/nvidia[0-9]*', 'requirements-cuda.txt'),
   ('a TPU', '/dev/accel[0-9]*', 'requirements-tpu.txt'),
+  ('a TPU', '/dev/vfio/[0-9]*', 'requirements-tpu.txt'),
 )
 # bfloat16 operations a second of a device's matrix units, dense, by jax's name for it. Google's are
 # from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), NVIDIA's from the data sheets.

@@ -74,6 +74,12 @@ def initial_variables(
       f'init_from={source} is of {theirs}, and this config of {ours}: --config.model.name={theirs} '
       'is needed'
     )
+  if found != body and _other_size(weights.model, model):
+    size = weights.model.image_size
+    raise UserError(
+      f'init_from={source} has positions for images of {size}x{size}: '
+      f'--config.image_size={size} is needed'
+    )
   layouts.check(
     f'init_from={source}', *({'/'.join(p): s for p, s in t.items()} for t in (body, found))
   )
@@ -107,6 +113,12 @@ def _name(model):
     if same_class and architecture.differences(named, model).keys() <= {'activation'}:
       return name
   return ''
+
+
+def _other_size(theirs, ours):
+  """Whether two models differ in the size of images alone."""
+  same_class = type(theirs) is type(ours)
+  return same_class and architecture.differences(theirs, ours).keys() == {'image_size'}
 
 
 def _arrows(changed):

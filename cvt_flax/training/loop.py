@@ -92,16 +92,22 @@ def _run_seeds(config, folder, mode, watch):
     raise UserError(
       f'seeds={config.seeds}: {folder} does not hold the run of every seed, and weights have none'
     )
-  found = {}
+  found, diverged = {}, []
   for number, (seed, run_of_seed) in enumerate(folders.items(), start=1):
     print(f'seed {seed}: run {number} of {config.seeds}')
     last = number == config.seeds
     note = config.closing_note if last else ''
     one = dataclasses.replace(config, seed=seed, seeds=1, closing_note=note)
-    found[run_of_seed.name] = _run_one(one, run_of_seed, mode, watch)
+    try:
+      found[run_of_seed.name] = _run_one(one, run_of_seed, mode, watch)
+    except Diverged as e:  # the others may not
+      print(f'seed {seed}: {e}')
+      diverged.append(f'{run_of_seed.name} ({e})')
     gc.collect()  # the jitted step and what holds it are a cycle, with the images on the devices
   if mode == 'train':
     _write_report(folder)
+  if diverged:
+    raise Diverged(f'{len(diverged)} of {config.seeds} seeds: {"; ".join(diverged)}')
   return found
 
 
@@ -122,7 +128,8 @@ def _train(config, folder, watch):
   with contextlib.ExitStack() as stack:
     if processes.is_first():
       stack.enter_context(experiment.only_one(folder))
-      experiment.write(folder, training.experiment, training.dataset, training.description)
+      if not training.saved:
+        training.write_experiment()
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)
     start = int(processes.of_first(checkpoints.latest_step() or 0))
@@ -133,8 +140,12 @@ def _train(config, folder, watch):
       print(f'{folder} is finished')
       for line in lines if watch else ():
         watch(line)
+      if not (folder / run_folder.REPORT).exists():  # it was stopped before that
+        _write_report(folder)
       # Another process than the first may not see that line yet.
       return _report(training, _with_validation(last or {}, metrics))
+    if training.saved and processes.is_first():
+      training.write_experiment()  # with the hardware of now
     training.describe()
     if not start:
       state = training.from_weights(training.program.init())
@@ -153,6 +164,7 @@ def _train(config, folder, watch):
     with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
+    writer.flush()
     processes.wait_for_all('the last metrics are written')
   _write_report(folder)
   values = _report(training, _with_validation(values, metrics))
@@ -228,6 +240,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
 
   def save(step, val_top1=None):
     check_norms(step)
+    writer.flush()
     checkpoints.save(step, state, val_top1)
 
   def validate(step):

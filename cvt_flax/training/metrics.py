@@ -16,7 +16,8 @@ from cvt_flax.weights.run_folder import METRICS, read_metrics
 class MetricWriter:
   """Appends lines to metrics.jsonl and scalars to TensorBoard events.
 
-  Where nothing can be appended to, in an object store, metrics.jsonl is written anew each time.
+  Where nothing can be appended to, in an object store, `flush` writes metrics.jsonl anew: before
+  every checkpoint, so that no line that a resumed run goes on from is missing.
   On resume the file is cut back to the restored step first, so that it reads as if the run had
   never stopped; what a killed run wrote after its last checkpoint will be written again. Of several
   processes the first writes; in the others nothing happens.
@@ -44,7 +45,7 @@ class MetricWriter:
       return
     lines = [line for line in read_metrics(self._path) if line['step'] <= step]
     self._text = ''.join(json.dumps(line) + '\n' for line in lines)
-    storage.write_whole(self._path, self._text.encode())
+    self.flush()
     for line in lines:
       self._show(line)
     if not storage.is_remote(self._path):
@@ -72,7 +73,6 @@ class MetricWriter:
       self._file.flush()
     else:
       self._text += text
-      storage.write_whole(self._path, self._text.encode())
     if self._events:
       for name, value in finite.items():
         if isinstance(value, int | float):
@@ -80,7 +80,13 @@ class MetricWriter:
       self._events.flush()
     self._show(line)
 
+  def flush(self) -> None:
+    """Writes what an object store does not have yet."""
+    if self._writes and not self._file:
+      storage.write_whole(self._path, self._text.encode())
+
   def close(self) -> None:
+    self.flush()
     if self._file:
       self._file.close()
     if self._events:

@@ -25,7 +25,7 @@ from cvt_flax.training.config import freeze
 from cvt_flax.training.engines import ENGINES
 from cvt_flax.training.freeze import find_frozen
 from cvt_flax.training.program import make_program
-from cvt_flax.training.setup import build_model
+from cvt_flax.training.setup import build_model, num_logits
 from cvt_flax.training.shipped import get_config
 
 # The schedule's length is a constant in the step, and changes nothing of what is told here.
@@ -127,7 +127,7 @@ def plan(config: ConfigDict | str, topology: str = '') -> Plan:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, place.devices)
   sharding.check_batch('batch_size', config.batch_size, mesh, sharding.FEWER)
   classes, images = _extent(config)
-  model = build_model(config.model, 1 if config.loss == 'binary' else classes, config.image_size)
+  model = build_model(config.model, num_logits(config, classes), config.image_size)
   size = config.image_size
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
   params = traverse_util.flatten_dict(shapes['params'])

@@ -33,6 +33,9 @@ from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.preprocessing import Preprocessing
 
+# From this share on of the first parameters in the averages that are evaluated, a run is warned.
+_MOST_OF_THE_FIRST = 0.1
+
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int = 0) -> CvT | CompactViT:
   """Returns the configured model; what the config leaves empty is the named model's.
@@ -51,6 +54,24 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int = 0) -> C
     return create_model(name, num_classes, dtype=jnp.dtype(dtype), **given)
   except ValueError as e:
     raise UserError(f'model: {e}') from e
+
+
+def num_logits(config: TrainConfig, classes: int) -> int:
+  """Returns how many logits the loss wants; checks what it has by class.
+
+  Raises:
+    UserError: there are weights of other classes, or the loss is not for so many.
+  """
+  if config.class_weights and len(config.class_weights) != classes:
+    raise UserError(
+      f'class_weights={config.class_weights}: one for each of the {classes} classes of '
+      f'{config.source} is needed'
+    )
+  if config.loss == 'softmax':
+    return classes
+  if classes != 2:
+    raise UserError(f"loss='binary': {config.source} has {classes} classes, and it is for two")
+  return 1
 
 
 def _check_attention(model: CvT | CompactViT, image_size: int):
@@ -129,27 +150,14 @@ class Setup:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
       if evaluation and config.source == self.saved.config.source:
         experiment.check_held_out(folder, config.source, self.dataset)
-    self.model = build_model(config.model, self._num_logits(), config.image_size)
+    logits = num_logits(config, len(self.dataset.class_names))
+    self.model = build_model(config.model, logits, config.image_size)
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
     self.description = Description(self.model, self.dataset.class_names, steps)
 
     self.engine = ENGINES[config.engine](config, self.mesh)
     self._eval_step = self._jitted_evaluation(self.engine)
     self.sets = self._open_sets(weights)
-
-  def _num_logits(self):
-    """Returns how many logits the loss wants; checks what it has by class."""
-    c, names = self.config, self.dataset.class_names
-    if c.class_weights and len(c.class_weights) != len(names):
-      raise UserError(
-        f'class_weights={c.class_weights}: one for each of the {len(names)} classes of {c.source} '
-        'is needed'
-      )
-    if c.loss == 'softmax':
-      return len(names)
-    if len(names) != 2:
-      raise UserError(f"loss='binary': {c.source} has {len(names)} classes, and it is for two")
-    return 1
 
   def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
     data, config = self.dataset, self.config
@@ -387,6 +395,12 @@ class TrainingSetup(Setup):
       )
     plural = 's' * (self.steps_per_epoch > 1)
     epochs = f'{self.total_steps / self.steps_per_epoch:.4g} epochs'
+    decay = c.optimizer.ema_decay
+    if (first := decay**self.total_steps) > _MOST_OF_THE_FIRST:
+      print(
+        f'WARNING: optimizer.ema_decay={decay:g} over {self.total_steps} steps: the averages, by '
+        f'which a run is evaluated, are to {first:.0%} still the parameters before the first step'
+      )
     images, left = self.engine.count(self.train_data), ''
     rest = images - self.steps_per_epoch * c.batch_size
     if rest > images / 20 and c.augment.repeats == 1:
@@ -404,6 +418,10 @@ class TrainingSetup(Setup):
         state.params, include_stats='sharding' if split else False
       )
       (self.folder / run_folder.PARAMETERS).write_text(overview + '\n')
+
+  def write_experiment(self) -> None:
+    """Writes what the run folder says of itself."""
+    experiment.write(self.folder, self.experiment, self.dataset, self.description)
 
   def eval_is_due(self, step: int) -> bool:
     epoch, rest = divmod(step, self.steps_per_epoch)

@@ -56,7 +56,8 @@ def compare(model: CvT, variables: dict, layout: Layout, images: np.ndarray) -> 
   """
   logits, maps = run_torch(torch_model(model, variables, layout), layout, images)
   ours = jax.jit(lambda v, x: (model.apply(v, x), model.apply(v, x, method='stage_maps')))
-  our_logits, our_maps = jax.device_get(ours(variables, images))
+  with jax.default_matmul_precision('highest'):  # TPUs and GPUs would round float32
+    our_logits, our_maps = jax.device_get(ours(variables, images))
   of_maps = tuple(difference(a, e) for a, e in zip(our_maps, maps, strict=True))
   return Parity(difference(our_logits, logits), of_maps)
 
@@ -69,10 +70,11 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> float:
 def activation_difference(model: CvT, variables: dict, images: np.ndarray) -> float:
   """Returns how far the logits move when QuickGELU and GELU are exchanged."""
   other = 'gelu' if model.activation == 'quick_gelu' else 'quick_gelu'
-  own, moved = (
-    jax.device_get(jax.jit(m.apply)(variables, images))
-    for m in (model, architecture.with_activation(model, other))
-  )
+  with jax.default_matmul_precision('highest'):
+    own, moved = (
+      jax.device_get(jax.jit(m.apply)(variables, images))
+      for m in (model, architecture.with_activation(model, other))
+    )
   return difference(moved, own)
 
 

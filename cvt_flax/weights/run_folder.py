@@ -27,6 +27,8 @@ DESCRIPTION = 'model.json'
 EXPERIMENT, METRICS, PREDICTIONS = 'experiment.json', 'metrics.jsonl', 'predictions.npz'
 # The table of parameters.
 PARAMETERS = 'parameters.txt'
+# The page about it.
+REPORT = 'report/index.html'
 # The metric by which a checkpoint is the best.
 BEST = 'val/top1'
 

@@ -54,6 +54,21 @@ def test_images_are_read_from_the_folder_of_the_list(tmp_path):
   assert data.train.labels.dtype == np.int32
 
 
+def test_spaces_around_a_field_are_not_of_it(tmp_path):
+  source = write(
+    tmp_path / 'list.csv',
+    'path, label, split',
+    '1.png, cat , train',
+    '2.png,cat,train ',
+    '" 3.png",dog,val',
+    '4.png,dog,train',
+  )
+  data = sources.load(source, holdout=0)
+  assert data.class_names == ('cat', 'dog')
+  assert names(data.train) == [f'{tmp_path}/{n}.png' for n in (1, 2, 4)]
+  assert names(data.validation) == [f'{tmp_path}/ 3.png']
+
+
 @pytest.mark.parametrize(
   'train,validation,test', [('train', 'val', 'test'), ('Training', 'VALID', 'evaluation')]
 )

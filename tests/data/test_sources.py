@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_flax.data import array_source, dataset, folder_source, images, sources
+from cvt_flax.data import array_source, dataset, folder_source, images, sources, tfds_source
 from cvt_flax.errors import UserError
 
 
@@ -180,6 +180,21 @@ def test_a_class_of_one_image_keeps_it():
   labels = np.repeat([0, 1, 2, 3], [1, 1, 1, 27])
   for seed in range(20):
     assert set(labels[sources.stratified_choice(labels, 3, seed)]) == {3}
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'count'), [([1] * 10 + [10], 6), ([1] * 40 + [20] * 10, 72), ([1] * 5 + [2] * 10, 10)]
+)
+def test_no_class_gives_its_last_image_while_others_have_more(sizes, count):
+  labels = np.repeat(np.arange(len(sizes)), sizes)
+  chosen = sources.stratified_choice(labels, count, seed=0)
+  assert len(chosen) == count
+  assert (np.bincount(labels[chosen], minlength=len(sizes)) < sizes).all()
+
+
+def test_where_every_class_has_one_image_some_are_given():
+  labels = np.arange(10)
+  assert len(set(sources.stratified_choice(labels, 5, seed=0))) == 5
 
 
 def test_a_subset_reads_many_at_once_and_ends(tmp_path):
@@ -441,7 +456,9 @@ def test_folders_without_images(tmp_path):
   source = make_folder(tmp_path, 'train/a/1.png', 'test/a/1.png')
   for split in ('train', 'test'):
     (tmp_path / split / 'b').mkdir()
-  assert error_of(source).startswith(f'no images in {tmp_path}/train/b; looked for .jpg .jpeg .png')
+  assert error_of(source).startswith(
+    f'no images in {tmp_path}/train/b; looked for .jpg .jpeg .jfif'
+  )
   make_folder(tmp_path, 'train/b/1.png')
   assert sources.load(source, holdout=0).test.labels.tolist() == [0]
   (tmp_path / 'test/a/1.png').unlink()
@@ -465,12 +482,25 @@ def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
     cls: [f'{cls}/{cls}_{i * 7919 % 30011}.JPEG' for i in range(5_000)]
     for cls in ('n01440764', 'n01443537')
   }
-  monkeypatch.setattr(folder_source, '_images_below', lambda root, folder: [files[folder]])
+  monkeypatch.setattr(folder_source, '_images_below', lambda root, folder, others: [files[folder]])
   train = sources.load(f'folder:{tmp_path}', holdout=0).train
   assert len(pickle.dumps(train)) < 10 * len(train)
   expected = [f'{tmp_path}/{name}' for found in files.values() for name in sorted(found)]
   assert [train.path(i) for i in range(10_000)] == expected
   assert train.labels.tolist() == [0] * 5_000 + [1] * 5_000
+
+
+def test_what_a_folder_holds_beside_images_is_told(tmp_path, capsys):
+  """A zip file from a Mac has its notes in __MACOSX; a phone's pictures may be HEIC."""
+  source = make_folder(tmp_path, 'a/1.png', 'b/1.png', '__MACOSX/a/._1.png')
+  (tmp_path / 'a/1.png').rename(tmp_path / 'a/1.JFIF')
+  for name in ('a/1.heic', 'a/2.HEIC', 'b/notes'):
+    (tmp_path / name).touch()
+  data = sources.load(source, holdout=0)
+  assert data.class_names == ('a', 'b') and len(data.train) == 2
+  assert capsys.readouterr().out == (
+    f'{tmp_path}: left out 3 files that by name are no images (.heic 2, none 1)\n'
+  )
 
 
 def test_unreadable_files_are_named(tmp_path):
@@ -488,7 +518,7 @@ def test_a_file_system_that_does_not_answer_leaves_no_image_out(tmp_path, monkey
     raise OSError(errno.EIO, 'Input/output error')
 
   monkeypatch.setattr(pathlib.Path, 'read_bytes', read)
-  with pytest.raises(UserError, match=f'cannot read {tmp_path}/a/1.png: Input/output error'):
+  with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/a/1.png'"):
     train[0]
 
 
@@ -740,6 +770,22 @@ def test_preparing_that_fails(tmp_path, tfds, monkeypatch, capsys, error, messag
   monkeypatch.setattr(tfds.download.DownloadManager, 'download', fail)
   found = error_of('tfds:cifar10', data_dir=str(tmp_path))
   assert found.startswith(f'cannot prepare cifar10 in {tmp_path}: ') and message in found
+
+
+def test_what_another_process_has_prepared_meanwhile_is_read(cifar10, tfds, monkeypatch):
+  """Several processes of a run may begin at once, and one writes its data set first."""
+  data_dir, *_ = cifar10
+
+  def slower(self, **kwargs):
+    raise OSError(39, 'Directory not empty')
+
+  monkeypatch.setattr('requests.head', lambda url, timeout: None)
+  monkeypatch.setattr(tfds.core.DatasetBuilder, 'download_and_prepare', slower)
+  builder = tfds.builder('cifar10', data_dir=data_dir)
+  tfds_source._prepare_cifar(builder, str(data_dir))
+  builder = tfds.builder('cifar10', data_dir=data_dir / 'elsewhere')
+  with pytest.raises(UserError, match='Directory not empty'):
+    tfds_source._prepare_cifar(builder, str(data_dir / 'elsewhere'))
 
 
 @pytest.mark.parametrize(

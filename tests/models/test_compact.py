@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from benchmarks import attention_heads
 from cvt_flax import CompactViT, create_model
+from cvt_flax.models import compact
 from cvt_flax.models.geometry import multiply_adds, stage_geometry
 from tests.models.torch_weights import assert_close, draw, drawn_variables, quick_jit
 
@@ -115,6 +117,20 @@ def test_nothing_is_sown_unasked():
   variables = jax.eval_shape(model.init, jax.random.key(0), images())
   assert set(variables) == {'params'}
   assert jax.eval_shape(model.apply, variables, images()).shape == (3, 5)
+
+
+@pytest.mark.parametrize('name', ['cls', 'seq'])
+def test_merged_heads_are_heads_apart(name, monkeypatch):
+  """The oracle has linear layers of its own for the queries, keys and values of every head."""
+  model = CompactViT(**CONFIGS[name])
+  params = drawn_variables(model)['params']
+  images = draw('images', (4, 8, 8, 3))
+  merged = quick_jit(model.apply)({'params': params}, images)
+  with monkeypatch.context() as patch:
+    patch.setattr(compact, 'Attention', attention_heads.HeadsApart)
+    heads = {'params': attention_heads.apart(params, model.heads)}
+    each = quick_jit(lambda v, x: model.apply(v, x))(heads, images)
+  np.testing.assert_allclose(merged, each, rtol=0, atol=1e-6 * np.abs(each).max())
 
 
 def test_sequence_pooling_is_the_weighted_mean():

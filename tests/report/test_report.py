@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from clu import parameter_overview
 from PIL import Image
 
 from cvt_flax.data.sources import load
@@ -176,6 +177,23 @@ def test_images_of_a_test_split_that_was_held_out_are_found(tmp_path, make_run):
   assert 'Worst mistakes' in page.headings and 'Images cannot be shown' not in page.words
 
 
+def test_parameters_of_a_run_that_splits_them_are_read(make_run):
+  """Its table says in a fifth column how each is split."""
+  folder = make_run('a')
+  params = {'head': {'kernel': np.zeros((4, 3)), 'bias': np.zeros(3)}}
+  for columns in (False, 'sharding'):
+    table = parameter_overview.get_parameter_overview(params, include_stats=columns)
+    (folder / 'parameters.txt').write_text(table)
+    found = records.read_run(folder).parameters()
+    assert sorted(found) == [('head/bias', '(3,)', 3), ('head/kernel', '(4, 3)', 12)]
+
+
+def test_a_seventh_line_is_no_first(make_run):
+  drawn = [figures.Line(str(i), [0, 1], [0, i], i) for i in range(14)]
+  lines = figures.lines(figures.LIGHT, drawn).axes[0].get_lines()
+  assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 14
+
+
 def test_runs_of_two_configs_in_one_folder_are_refused(make_run, tmp_path):
   make_run('a/seed-0')
   make_run('a/seed-1', seed=1, learning_rate=0.5)
@@ -210,6 +228,33 @@ def test_seeds_are_one_config(make_run, tmp_path):
   assert 'b less a test top-1 -6.67% 0.0202 3' in both
   assert 'b against a 2 0 5 0.0625 60' in both
   assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
+
+
+def test_a_paired_test_that_says_nothing_says_why(make_run, tmp_path):
+  for seed in range(2):
+    make_run(f'a/seed-{seed}', seed=seed, hits=40 + seed)
+    make_run(f'b/seed-{seed}', seed=seed, hits=46 + seed)
+    make_run(f'c/seed-{seed + 1}', seed=seed + 1, hits=50 + seed)
+  words = Page(write_report([tmp_path / name for name in 'abc'])).words
+  assert 'b less a test top-1 +10.00% – 2' in ' '.join(words.split())
+  apart = 'Too few seeds in common for a paired test, of which two are the least: c and a, c and b.'
+  assert apart in ' '.join(words.split())
+
+
+def test_a_report_takes_folders_of_seeds_alone(make_run, tmp_path):
+  for name, hits in (('seed-0', 50), ('seed-0-old', 30), ('seed-1', 50)):
+    make_run(f'a/{name}', seed=int(name[5]), hits=hits)
+  words = ' '.join(Page(write_report([tmp_path / 'a'])).words.split())
+  assert '2 seeds, 0, 1' in words and 'a test top-1 83.33% 0.00% 83.33% 83.33% 2' in words
+
+
+def test_predictions_of_a_run_that_goes_on_are_told_from_its_metrics(make_run):
+  folder = make_run('a', names=('cat', 'dog'))
+  with (folder / 'metrics.jsonl').open('a') as lines:
+    lines.write(json.dumps({'step': 25, 'epoch': 2.5, 'train/loss': 0.5}) + '\n')
+  words = Page(write_report([folder])).words
+  assert 'has written so far; its predictions are of step 10.' in ' '.join(words.split())
+  assert 'F1' not in words
 
 
 def add(folder, **metrics):

@@ -522,6 +522,10 @@ def test_a_key_without_effect_is_refused_with_the_condition(name):
       {'engine': 'stream', 'augment.repeats': 200},
       r'^augment.repeats=200: at most batch_size=128',
     ),
+    (
+      {'optimizer.schedule_per': 'epoch', 'optimizer.warmup_epochs': 1},
+      r'^optimizer.schedule_per=.* the rate of the whole first epoch would be 0',
+    ),
     ({'optimizer.ema_decay': 1.0}, r'^optimizer.ema_decay=1.0: '),
     ({'class_weights': (0.0, 0.0)}, r'^class_weights=\(0.0, 0.0\): one above 0'),
     (

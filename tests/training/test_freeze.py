@@ -16,7 +16,7 @@ from cvt_flax.errors import Interrupted, UserError
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.training import loop
 from cvt_flax.training.config import AugmentConfig, OptimizerConfig, freeze
-from cvt_flax.training.freeze import find_frozen
+from cvt_flax.training.freeze import Frozen, find_frozen
 from cvt_flax.training.optimizer import make_optimizer
 from cvt_flax.training.setup import Setup, TrainingSetup, build_model
 from cvt_flax.training.step import init_state, make_train_step
@@ -176,6 +176,11 @@ def test_no_gradient_is_computed_for_what_is_frozen():
   assert flops('backbone') < 0.5 * flops('')
   # What lies above is trained, and its gradients go no further down.
   assert flops('stage0/(patch_embed|cls_token|blocks_0).*') < 0.85 * flops('')
+
+
+@pytest.mark.parametrize('expression', ['', 'none'])
+def test_by_default_nothing_is_frozen(expression):
+  assert find_frozen(expression, [('head', 'kernel'), ('stage0', 'kernel')]) == Frozen()
 
 
 @pytest.mark.parametrize(

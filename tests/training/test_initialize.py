@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from cvt_flax import convert_weights, load_pretrained, predict_images, save_pretrained
+from cvt_flax import CompactViT, convert_weights, load_pretrained, predict_images, save_pretrained
 from cvt_flax.errors import UserError
 from cvt_flax.training import experiment, loop
 from cvt_flax.training.config import freeze, get_config
@@ -135,6 +135,16 @@ def test_weights_of_another_named_network(npz, tmp_path):
     'init_from=cvt-nano-cifar10 is of cvt-nano, and this config of cvt-13-small-images: '
     '--config.model.name=cvt-nano is needed'
   )
+
+
+def test_positions_of_another_size(npz, tmp_path):
+  model = CompactViT(num_classes=2, pool='seq', image_size=16)
+  save_pretrained(tmp_path / 'w', model, drawn_variables(model), ('0', '1'), Preprocessing(16, 1.0))
+  config = get_config()
+  config.source, config.image_size, config.batch_size = f'npz:{npz}', 8, 16
+  config.init_from, config.model.name = str(tmp_path / 'w'), 'mcvit'
+  with pytest.raises(UserError, match='positions for images of 16x16: --config.image_size=16 is'):
+    loop.run(config, tmp_path / 'run')
 
 
 def test_of_a_single_split_nothing_is_called_test(config, weights, npz, tmp_path, capsys):

@@ -90,6 +90,12 @@ def test_data_that_is_not_there(eight, tmp_path):
     plan.plan(eight, 'cpu:1')
 
 
+def test_what_training_would_refuse(eight):
+  eight.class_weights = (1.0, 2.0, 3.0)
+  with pytest.raises(UserError, match='class_weights=.*: one for each of the 2 classes'):
+    plan.plan(eight, 'cpu:1')
+
+
 @pytest.mark.parametrize(
   ('name', 'message'),
   [

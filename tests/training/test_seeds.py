@@ -2,13 +2,14 @@
 
 import gc
 import json
+import re
 
 import jax
 import pytest
 
-from cvt_flax.errors import Interrupted, UserError
-from cvt_flax.report import writer
-from cvt_flax.training import loop
+from cvt_flax.errors import Diverged, Interrupted, UserError
+from cvt_flax.report import single, writer
+from cvt_flax.training import experiment, loop
 from cvt_flax.training.config import freeze
 
 WRITE_REPORT = loop._write_report  # before the tests' fixture replaces it
@@ -42,7 +43,8 @@ def test_each_seed_is_a_run_like_any_other(seeds, tmp_path, capsys, monkeypatch)
   assert found['seed-3'] | expected == found['seed-3']
   assert f'{tmp_path}/seed-3 is finished' in capsys.readouterr().out
   assert all(p.stat().st_mtime_ns == then for p, then in checkpoints.items())
-  assert written == [tmp_path / 'seed-4', tmp_path]
+  # The first had none yet.
+  assert written == [tmp_path / 'seed-3', tmp_path / 'seed-4', tmp_path]
   assert arrays_of_a_split() <= before  # nothing of a run stays on the devices
   for seed in (3, 4):
     saved = json.loads((tmp_path / f'seed-{seed}' / 'experiment.json').read_text())
@@ -52,6 +54,53 @@ def test_each_seed_is_a_run_like_any_other(seeds, tmp_path, capsys, monkeypatch)
   assert {name: x['test/top1'] for name, x in evaluated.items()} == {
     name: x['test/top1'] for name, x in found.items()
   }
+
+
+def test_a_seed_that_diverges_leaves_the_others_to_train(seeds, tmp_path, monkeypatch, capsys):
+  def train(config, folder, watch):
+    if config.seed == 3:
+      raise Diverged('the loss is nan at step 1')
+    return {'test/top1': 0.5}
+
+  written = []
+  monkeypatch.setattr(loop, '_train', train)
+  monkeypatch.setattr(loop, '_write_report', written.append)
+  with pytest.raises(Diverged, match=r'^1 of 2 seeds: seed-3 \(the loss is nan at step 1\)$'):
+    loop.run(seeds, tmp_path)
+  out = capsys.readouterr().out
+  assert 'seed 3: the loss is nan at step 1' in out and 'seed 4: run 2 of 2' in out
+  assert written == [tmp_path]
+
+
+def test_a_run_that_was_stopped_before_its_report_gets_it(config, tmp_path, monkeypatch):
+  config.epochs, config.optimizer.warmup_epochs = 1, 0.0
+  folder = tmp_path / 'run'
+  loop.run(config, folder)
+  before = (folder / 'experiment.json').stat().st_mtime_ns
+  monkeypatch.setattr(loop, '_write_report', WRITE_REPORT)
+  monkeypatch.setattr(single, 'sections', lambda run, folder: ['a page'])
+  page = folder / 'report' / 'index.html'
+  assert not page.exists()
+  loop.run(config, folder)
+  assert 'a page' in page.read_text()
+  # It says what the run was computed with, not where it was asked for again.
+  assert (folder / 'experiment.json').stat().st_mtime_ns == before
+  page.write_text('kept')
+  loop.run(config, folder)
+  assert page.read_text() == 'kept'
+
+
+def test_averages_of_few_steps_are_warned_of(config, tmp_path, capsys):
+  config.epochs, config.optimizer.warmup_epochs = 1, 0.0
+  config.optimizer.ema_decay = 0.999
+  loop.run(config, tmp_path / 'run')
+  words = r'WARNING: optimizer.ema_decay=0.999 over \d+ steps: .* to 9\d% still'
+  assert re.search(words, capsys.readouterr().out)
+
+
+def test_another_folder_is_beside_that_of_all_seeds(tmp_path):
+  assert experiment.free(tmp_path / 'a' / 'seed-0') == f'--workdir={tmp_path}/a-2'
+  assert experiment.free(tmp_path / 'a-seed0') == f'--workdir={tmp_path}/a-seed0-2'
 
 
 def test_a_run_that_is_stopped_stops_those_after_it(seeds, tmp_path, monkeypatch):
