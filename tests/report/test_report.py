@@ -14,7 +14,7 @@ from PIL import Image
 
 from cvt_flax.data.sources import load
 from cvt_flax.errors import UserError
-from cvt_flax.report import figures, records
+from cvt_flax.report import figures, records, statistics
 from cvt_flax.report.__main__ import main
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.writer import write_report
@@ -146,6 +146,14 @@ def test_many_classes_have_no_matrix(make_run):
   assert not (folder / 'report' / 'confusion.png').exists()
   assert 'the 20 lowest and the 20 highest of 45' in (folder / 'report/index.html').read_text()
   assert all(name in page.words for name in names)
+
+
+def test_thousands_of_classes_take_no_matrix(make_run, monkeypatch):
+  """That of ImageNet-22k would take gigabytes."""
+  monkeypatch.setattr(statistics, 'confusion', None)
+  names = tuple(f'class {i}' for i in range(3000))
+  words = Page(write_report([make_run('run', names=names, hits=58)])).words
+  assert 'class 58 class 59 1 100.0%' in ' '.join(words.split())
 
 
 def test_letters_that_the_font_lacks_are_no_warning(make_run):

@@ -146,3 +146,9 @@ def test_a_store_that_is_out_of_reach(monkeypatch):
   monkeypatch.setattr(storage.epath, 'Path', Path)
   with pytest.raises(UserError, match='gs://bucket/run cannot be reached: no credentials'):
     storage.path_of('gs://bucket/run')
+
+
+def test_a_home_that_the_shell_has_left(monkeypatch, tmp_path):
+  """As it does in --workdir=~/runs."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert storage.path_of('~/runs') == tmp_path / 'runs'
