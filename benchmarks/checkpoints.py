@@ -24,8 +24,8 @@ import numpy as np
 from benchmarks import common
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
+from cvt_flax.training.network import build_model
 from cvt_flax.training.optimizer import make_optimizer
-from cvt_flax.training.setup import build_model
 from cvt_flax.training.shipped import get_config
 from cvt_flax.training.step import init_state
 

@@ -20,6 +20,8 @@ _MOMENTARY_WORDS = (*map(os.strerror, _MOMENTARY), 'UNAVAILABLE', 'DEADLINE_EXCE
 class UserError(Exception):
   """The user's input is wrong; a command line prints the message alone and exits with 2.
 
+  It exits with 1 where the cause `is_momentary`.
+
   The message is one line: what is wrong, where it stands, what is allowed.
   """
 

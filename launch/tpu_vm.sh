@@ -9,7 +9,8 @@
 # IMAGE is built from launch/Dockerfile; RUNS is an NFS export (Filestore), mounted as /runs by all
 # hosts. SPOT=1 asks for a spot slice. The command stays until training has ended, and ends with its
 # exit code. Hosts that are stopped, lost or taken away are started, or made, again, and the run goes
-# on; five errors in a row, each within an hour and of hosts that are there, end the command. Ctrl-C stops training, which saves. The slice is left to you:
+# on; five errors in a row, each within an hour and of hosts that are there, end the command. Ctrl-C
+# stops training, which saves. The slice is left to you:
 # gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 

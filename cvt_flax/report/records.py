@@ -140,7 +140,7 @@ def is_of_seed(folder: pathlib.Path) -> bool:
 def _runs(folder):
   if (folder / run_folder.EXPERIMENT).is_file():
     return (read_run(folder),)
-  below = (path.parent for path in folder.glob(f'*/{run_folder.EXPERIMENT}'))
+  below = (p.parent for p in folder.glob(f'{SEED_FOLDER.format("*")}/{run_folder.EXPERIMENT}'))
   found = [path for path in below if is_of_seed(path)]
   if not found:
     what = 'holds no run' if folder.is_dir() else 'there is no such folder'

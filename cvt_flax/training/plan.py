@@ -24,8 +24,8 @@ from cvt_flax.training import topology as topologies
 from cvt_flax.training.config import freeze
 from cvt_flax.training.engines import ENGINES
 from cvt_flax.training.freeze import find_frozen
+from cvt_flax.training.network import build_model, num_logits
 from cvt_flax.training.program import make_program
-from cvt_flax.training.setup import build_model, num_logits
 from cvt_flax.training.shipped import get_config
 
 # The schedule's length is a constant in the step, and changes nothing of what is told here.

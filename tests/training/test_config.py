@@ -25,7 +25,7 @@ from cvt_flax.training.config import (
   keys,
   to_dict,
 )
-from cvt_flax.training.setup import build_model
+from cvt_flax.training.network import build_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = sorted(p for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')

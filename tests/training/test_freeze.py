@@ -17,8 +17,9 @@ from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.training import loop
 from cvt_flax.training.config import AugmentConfig, OptimizerConfig, freeze
 from cvt_flax.training.freeze import Frozen, find_frozen
+from cvt_flax.training.network import build_model
 from cvt_flax.training.optimizer import make_optimizer
-from cvt_flax.training.setup import Setup, TrainingSetup, build_model
+from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.step import init_state, make_train_step
 from cvt_flax.weights.preprocessing import Preprocessing
 from tests.models.torch_weights import drawn_variables

@@ -13,7 +13,8 @@ from cvt_flax.errors import UserError
 from cvt_flax.training import experiment, loop
 from cvt_flax.training.config import freeze, get_config
 from cvt_flax.training.metrics import read_metrics
-from cvt_flax.training.setup import TrainingSetup, build_model
+from cvt_flax.training.network import build_model
+from cvt_flax.training.setup import TrainingSetup
 from cvt_flax.weights import pretrained
 from cvt_flax.weights.preprocessing import Preprocessing
 from tests.models.torch_weights import drawn_variables

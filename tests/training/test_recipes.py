@@ -18,8 +18,8 @@ from cvt_flax.training import loop
 from cvt_flax.training.config import differences, freeze
 from cvt_flax.training.engines import Streaming
 from cvt_flax.training.metrics import read_metrics
+from cvt_flax.training.network import build_model
 from cvt_flax.training.optimizer import make_schedule, peak_learning_rate
-from cvt_flax.training.setup import build_model
 from cvt_flax.training.sharding import make_mesh
 from tests.models.torch_weights import drawn_variables
 from tests.training.test_optimizer import OFFICIAL
