@@ -4,10 +4,12 @@ Run by .ci/run in bare environments, from a folder that is not the checkout.
 """
 
 import importlib
+import importlib.resources
 import importlib.util
 import os
 import pathlib
 import pkgutil
+import subprocess
 import sys
 import tempfile
 
@@ -29,7 +31,10 @@ def main():
   for module in pkgutil.walk_packages(cvt_flax.__path__, 'cvt_flax.'):
     if not module.name.endswith('__main__'):
       importlib.import_module(module.name)
-  assert importlib.import_module('cvt_flax.configs.cvt13_cifar10').get_config().epochs == 10
+  assert cvt_flax.get_config('cvt13_cifar10').epochs == 10
+  listed = [sys.executable, '-m', 'cvt_flax.training', '--list-configs']
+  assert b'cvt13_cifar10.py' in subprocess.check_output(listed)
+  assert (importlib.resources.files(cvt_flax) / 'py.typed').is_file()
 
   assert cvt_flax.create_model('cvt-13', num_classes=10).num_classes == 10
   model, variables = cvt_flax.load_pretrained('cvt-nano-cifar10')
@@ -42,7 +47,7 @@ def main():
     (prediction,) = cvt_flax.predict_images('cvt-nano-cifar10', folder / 'picture.png', top=10)
     assert abs(sum(prediction.probabilities) - 1) < 1e-5, prediction
 
-    config = importlib.import_module('cvt_flax.configs.digits').get_config()
+    config = cvt_flax.get_config('digits')
     arrays = {'x': rng.integers(0, 256, (64, 32, 32, 3), 'uint8'), 'y': np.arange(64) % 4}
     parts = {f'{name}_{part}': arrays[name] for name in arrays for part in ('train', 'test')}
     np.savez(folder / 'arrays.npz', **parts)

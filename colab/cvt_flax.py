@@ -327,7 +327,7 @@ print(*TRACE.rglob('*.gz'), *TRACE.rglob('*.pb'), sep='\n')
 #
 # A TPU's compiler runs where no TPU is. `plan` compiles the training step of ImageNet for 256 chips and
 # tells what a chip's memory holds, what travels between chips, and how many cycles XLA's cost model
-# predicts: a model, not a measurement. That takes minutes, ten on two cores, and `libtpu`, which TPU
+# predicts: a model, not a measurement. That takes three to five minutes on two cores, and `libtpu`, which TPU
 # runtimes have (elsewhere `pip install libtpu`). Without it this compiles the step of section 3, for what
 # is attached.
 
@@ -335,7 +335,7 @@ print(*TRACE.rglob('*.gz'), *TRACE.rglob('*.pb'), sep='\n')
 if importlib.util.find_spec('libtpu') and not SMOKE:
   imagenet = get_config('cvt13_imagenet')
   imagenet.batch_size = 4096  # of all chips: 16 a chip
-  imagenet.model.bn_group_size = 16  # within a chip: the chips then speak once a step
+  imagenet.model.bn_group_size = 16  # within a chip: between chips, gradients are summed alone
   print(plan(imagenet, 'v5e:16x16'))
 else:
   print(plan(cifar))

@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     prog='python -m cvt_flax.predict',
     description=__doc__,
     epilog='W is a .pth file, a folder of Hugging Face, hf:NAME, a folder that cvt_flax.convert '
-    'wrote, or a run folder.',
+    'wrote, a run folder, or weights that come along: cvt-nano-cifar10.',
   )
   parser.add_argument('--weights', required=True, metavar='W')
   parser.add_argument('images', nargs='+', metavar='IMAGE', help='a file, a folder or a pattern')

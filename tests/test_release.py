@@ -28,8 +28,7 @@ def test_the_citation_has_what_cff_asks_for():
 
 def test_the_workflow_runs_what_everyone_runs():
   workflow = read('.github/workflows/ci.yml')
-  (job,) = workflow['jobs'].values()
-  assert job['timeout-minutes'] == 90
+  job = workflow['jobs']['everything']
   assert [step['run'] for step in job['steps'] if 'run' in step] == ['.ci/run']
   pythons = [step['with']['python-version'].split() for step in job['steps'] if 'with' in step][0]
   for version in re.search(r'for version in (.*);', (ROOT / '.ci/run').read_text())[1].split():

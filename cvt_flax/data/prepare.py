@@ -42,8 +42,8 @@ _THREADS = 16  # which wait for the disk, mostly
 _INCOMPLETE = 'incomplete.'  # how a file begins that is being written
 # It allows no Pillow as new as that of requirements.txt.
 _INSTALL_BEAM = (
-  'it needs an environment of its own: python3 -m venv beam-env && beam-env/bin/pip install -r '
-  'requirements-beam.txt && beam-env/bin/python -m cvt_flax.prepare'
+  'it needs an environment of its own, in a checkout of cvt_flax: python3 -m venv beam-env && '
+  'beam-env/bin/pip install -r requirements-beam.txt && beam-env/bin/python -m cvt_flax.prepare'
 )
 
 

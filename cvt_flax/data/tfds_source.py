@@ -231,6 +231,9 @@ def _not_there(name: str, folder: str) -> str:
 def _how_to_prepare(builder, name: str, root: str) -> str:
   """Returns the commands that prepare a data set which TFDS cannot prepare without TensorFlow."""
   place = shlex.quote(root)
+  base, colon, version = name.partition(':')
+  if builder.builder_config and '/' not in base:  # without it, all of them would be built
+    name = f'{base}/{builder.builder_config.name}{colon}{version}'
   build = f'{_TFDS_ENVIRONMENT} build {name} --file_format=array_record --data_dir={place}'
   if builder.name == 'imagenet2012':
     return (

@@ -48,7 +48,8 @@ _EXIT_CODES = {
   '3': 'the loss is not finite any more; the last good checkpoint is kept',
   '75': 'SIGTERM: the state is saved, run the same command again',
   '130': 'Ctrl-C: the state is saved; a second one stops at once',
-  '1': 'anything else, with a traceback',
+  '141': 'whoever read the output has gone',
+  '1': 'anything else, with a traceback, or a line where a file system did not answer',
 }
 
 

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from cvt_flax.errors import UserError
 
-# What says that a machine has an accelerator, and what jax on it needs. TPUs up to v4 are accel,
-# later ones vfio.
+# What says that a machine has an accelerator, and the extra that jax takes for it. TPUs up to v4
+# are accel, later ones vfio.
 _ACCELERATORS = (
-  ('an NVIDIA GPU', '/dev/nvidia[0-9]*', 'requirements-cuda.txt'),
-  ('a TPU', '/dev/accel[0-9]*', 'requirements-tpu.txt'),
-  ('a TPU', '/dev/vfio/[0-9]*', 'requirements-tpu.txt'),
+  ('an NVIDIA GPU', '/dev/nvidia[0-9]*', 'cuda12'),
+  ('a TPU', '/dev/accel[0-9]*', 'tpu'),
+  ('a TPU', '/dev/vfio/[0-9]*', 'tpu'),
 )
 # bfloat16 operations a second of a device's matrix units, dense, by jax's name for it. Google's are
 # from https://cloud.google.com/tpu/docs (v4, v5e, v5p, v6e), NVIDIA's from the data sheets.
@@ -110,10 +110,10 @@ def unused_accelerator() -> str:
   """Returns what to say when the machine has a GPU or TPU that jax does not see; else ''."""
   if jax.default_backend() != 'cpu':
     return ''
-  for kind, path, requirements in _ACCELERATORS:
+  for kind, path, extra in _ACCELERATORS:
     if glob.glob(path):
       return (
         f'WARNING: this machine has {kind}, but the installed jax computes on the CPU: '
-        f'pip install -r {requirements}'
+        f'pip install "jax[{extra}]=={jax.__version__}"'
       )
   return ''

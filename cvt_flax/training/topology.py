@@ -120,7 +120,7 @@ def _tpu(name, kind, shape, slices):
   except Exception as e:
     words = ' '.join(str(e).split())
     if 'not installed' in words:
-      words = 'the compiler for TPUs is needed: pip install -r requirements-tpu.txt'
+      words = f'the compiler for TPUs is needed: pip install "jax[tpu]=={jax.__version__}"'
     raise UserError(f'--topology={name}: {words}') from e
 
 

@@ -263,8 +263,9 @@ def test_the_command(folder, tmp_path, capsys):
 def test_without_beam(folder, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'apache_beam', None)
   assert error_of(prepare.prepare, f'folder:{folder}', 'a', data_dir=str(tmp_path), beam='') == (
-    'Apache Beam is not installed; it needs an environment of its own: python3 -m venv beam-env && '
-    'beam-env/bin/pip install -r requirements-beam.txt && beam-env/bin/python -m cvt_flax.prepare'
+    'Apache Beam is not installed; it needs an environment of its own, in a checkout of cvt_flax: '
+    'python3 -m venv beam-env && beam-env/bin/pip install -r requirements-beam.txt && '
+    'beam-env/bin/python -m cvt_flax.prepare'
   )
 
 

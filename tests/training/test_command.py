@@ -165,7 +165,10 @@ def test_help_lists_every_key_with_its_default(outcomes):
   for name, field, _ in keys():
     assert f' --config.{name}={shlex.quote(str(field.default))} ' in words
     assert ' '.join(field.metadata['doc'].split()) in words
-  assert '--mode=train|eval' in out and '130' in out
+  assert '--mode=train|eval' in out
+  _, _, codes = out.partition('Exit codes\n')
+  told = re.findall(r'^  (\d+) ', codes.partition('\n\n')[0], re.MULTILINE)
+  assert set(told) == {'0', '1', '2', '3', '75', '130', '141'}
   assert max(map(len, out.splitlines())) <= 80  # where there is no terminal
 
 
@@ -202,9 +205,11 @@ def test_help_of_a_config_has_its_own_values(outcomes):
   assert '--config.seed=0 of everything that is random --config' in words
 
 
-def test_list_configs_lists_what_comes_along(outcomes):
+def test_list_configs_lists_what_comes_along(outcomes, clean_env):
   code, out, err = outcomes['list']
   assert (code, err) == (0, '')
+  module = [sys.executable, '-m', 'cvt_flax.training', '--list-configs']
+  assert subprocess.check_output(module, cwd=ROOT, env=clean_env, text=True) == out
   listed, starts = {}, set()
   for line in out.splitlines():
     path, about = re.fullmatch(r'(\S+)  +(.*\.)', line).groups()

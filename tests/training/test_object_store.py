@@ -82,8 +82,8 @@ def finish(process):
   return process.returncode, said, errors
 
 
-def test_a_run_is_stopped_goes_on_and_is_read_there(
-  store, config_file, trained, quick_env, tmp_path
+def test_a_run_is_stopped_goes_on_is_read_and_answers_there(
+  store, config_file, npz, trained, quick_env, tmp_path
 ):
   env = {**quick_env, **store}
   train = [ROOT / 'train.py', f'--config={config_file}', f'--workdir={RUN}']
@@ -100,14 +100,17 @@ def test_a_run_is_stopped_goes_on_and_is_read_there(
   assert code == 0 and f'{RUN} is finished' in said, errors
 
   script = f"""
+import numpy as np
 from etils import epath
-from cvt_flax import load_pretrained
+from cvt_flax import load_pretrained, predict_dataset
 
 model, variables = load_pretrained('{RUN}')
 print(model.embed_dims)
 for name in ('experiment.json', 'metrics.jsonl', 'report/index.html', 'predictions.npz'):
   epath.Path('{RUN}', name).copy('{tmp_path}/' + epath.Path(name).name)
 print(*sorted(p.name for p in epath.Path('{RUN}').iterdir()))
+(shard,) = predict_dataset('{RUN}', 'npz:{npz}', 'gs://bucket/answers', split='test')
+print(shard, len(np.load(shard.open('rb'))['classes']))
 try:
   load_pretrained('{RUN}-2')
 except Exception as e:
@@ -116,6 +119,7 @@ except Exception as e:
   code, said, errors = finish(start(['-c', script], env))
   assert code == 0 and said.startswith('(8,)'), errors
   assert 'tensorboard' in said and 'tmp' not in said
+  assert 'gs://bucket/answers/shard-00000-of-00001.npz 50\n' in said
   assert f'{RUN}-2 holds no run: of an object store only run folders are read' in said
   _, folder, _ = trained
   assert lines_without_times(tmp_path) == lines_without_times(folder)

@@ -140,7 +140,7 @@ def test_topologies_of_tpus(monkeypatch):
   assert asked[1] == {'platform': 'tpu', 'topology_name': 'v6e:16x16', 'num_slices': 4}
   with pytest.raises(UserError, match='--topology=v5e:3x5: no such layout'):
     topology.find('v5e:3x5')
-  with pytest.raises(UserError, match='for TPUs is needed: pip install -r requirements-tpu.txt'):
+  with pytest.raises(UserError, match=r'for TPUs is needed: pip install "jax\[tpu\]=='):
     topology.find('v4:2x2x1')
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from cvt_flax import predict_images
 from cvt_flax.errors import Diverged, UserError
-from cvt_flax.training import experiment, loop, program, setup
+from cvt_flax.models.geometry import multiply_adds
+from cvt_flax.training import experiment, hardware, loop, program, setup
 from cvt_flax.training.config import get_config
 from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import read_metrics
@@ -42,6 +43,16 @@ def test_a_run_learns_and_says_what_it_did(trained, capsys):
   assert record['config']['source'] == config.source
   assert record['hardware']['versions']['jax'] == jax.__version__
   assert 'stage0' in (folder / 'parameters.txt').read_text()
+
+
+def test_metrics_have_the_share_of_a_known_rate(config, tmp_path, monkeypatch):
+  monkeypatch.setitem(hardware._MATRIX_RATES, jax.devices()[0].device_kind, 1e12)
+  config.model.dtype, config.epochs, config.optimizer.warmup_epochs = 'bfloat16', 1, 0.0
+  lines = []
+  loop.run(config, tmp_path, watch=lines.append)
+  image = 3 * 2 * multiply_adds(pretrained.load(tmp_path).description.model, 8, 8)
+  shares = {m['train/mfu'] / m['train/images_per_sec'] for m in lines if 'train/mfu' in m}
+  assert shares and all(share == pytest.approx(image / 1e12) for share in shares)
 
 
 def test_a_finished_run_is_left_alone(trained, capsys):
