@@ -291,7 +291,7 @@ def our_batches(who, paths):
   """Yields our batches, uint8 [b, h, w, 3], without end."""
   from cvt_flax.data import augment, dataset, files, stream
 
-  stream._workers = lambda _: 0  # 0 workers are to be threads on any machine
+  stream._workers = lambda *_: 0  # 0 workers are to be threads on any machine
   packer = files.NamePacker()
   packer.extend(paths)
   labels = np.arange(len(paths), dtype=np.int32)

@@ -26,7 +26,9 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.training.shipped import get_config
   from cvt_flax.weights.compiled import compile_predict
   from cvt_flax.weights.conversion import convert_weights
+  from cvt_flax.weights.preprocessing import Preprocessing
   from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
+  from cvt_flax.weights.pretrained import load as load_weights
 
 __version__ = '0.1.0.dev0'
 
@@ -36,6 +38,7 @@ REPOSITORY = 'OWNER/cvt_flax'
 __all__ = [
   'CompactViT',
   'CvT',
+  'Preprocessing',
   'attention_maps',
   'compile_predict',
   'convert_weights',
@@ -45,6 +48,7 @@ __all__ = [
   'list_models',
   'list_pretrained',
   'load_pretrained',
+  'load_weights',
   'plan',
   'predict_dataset',
   'predict_images',
@@ -56,6 +60,7 @@ __all__ = [
 _PLACES = {
   'CompactViT': ('cvt_flax.models.compact', 'CompactViT'),
   'CvT': ('cvt_flax.models.cvt', 'CvT'),
+  'Preprocessing': ('cvt_flax.weights.preprocessing', 'Preprocessing'),
   'attention_maps': ('cvt_flax.models.attention_maps', 'attention_maps'),
   'compile_predict': ('cvt_flax.weights.compiled', 'compile_predict'),
   'convert_weights': ('cvt_flax.weights.conversion', 'convert_weights'),
@@ -65,6 +70,7 @@ _PLACES = {
   'list_models': ('cvt_flax.models.zoo', 'list_models'),
   'list_pretrained': ('cvt_flax.weights.pretrained', 'list_pretrained'),
   'load_pretrained': ('cvt_flax.weights.pretrained', 'load_pretrained'),
+  'load_weights': ('cvt_flax.weights.pretrained', 'load'),
   'plan': ('cvt_flax.training.plan', 'plan'),
   'predict_dataset': ('cvt_flax.training.predict', 'predict_dataset'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),

@@ -7,9 +7,9 @@ from cvt_flax import command_line
 _EPILOG = """\
 W is a .pth file, a folder of Hugging Face, hf:NAME, a folder that cvt_flax.convert wrote, a run
 folder, or weights that come along: cvt-nano-cifar10. SOURCE is a folder, for the images in and
-below it, or what training takes: tfds:NAME, folder:DIR, csv:FILE, npz:FILE. FOLDER gets an .npz file
-for every 16,384 images. The same command goes on with what is missing there, on as many devices and
-processes as there are then.
+below it, or what training takes: tfds:NAME, folder:DIR, csv:FILE, npz:FILE. FOLDER gets an .npz
+file for every 16,384 images. The same command goes on with what is missing there, on as many
+devices and processes as there are then.
 
   python -m cvt_flax.batch_predict --weights=runs/pets-seed0 photos predictions
   python -m cvt_flax.batch_predict --weights=CvT-13-384x384-IN-22k.pth tfds:imagenet2012 \\

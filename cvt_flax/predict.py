@@ -51,19 +51,19 @@ def predict_images(
   normalised. Every batch has the same shape, so the network is compiled once.
 
   Args:
-    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    weights: what `load_pretrained` takes, or what `load_weights` returned.
     images: paths of files, folders (their images, sorted, not their folders' nor hidden ones) and
       patterns such as 'photos/*.jpg'; or one of these.
     top: how many classes of each image; all where there are fewer.
     image_size: height and width in place of the weights' own; 0 keeps theirs.
     batch_size: images that are computed at once.
 
-  Yields:
-    A Prediction for each image.
+  Returns:
+    An iterator over a Prediction for each image, of which an image is read when it is its turn.
 
   Raises:
-    UserError: the weights or an image cannot be read, there is no image, or the model has no
-      classifier or is not for colour images.
+    UserError: the weights cannot be read, there is no image, or the model has no classifier or is
+      not for colour images; of the iterator: an image cannot be read.
   """
   import numpy as np  # here, so that a command line with wrong arguments says so at once
 
@@ -85,18 +85,21 @@ def predict_images(
       raise UserError(f'{path}: {e.strerror}') from e
     return pictures.prepare(data, str(path), steps.image_size, steps.crop_ratio)
 
-  for start in range(0, len(paths), batch_size):
-    part = paths[start : start + batch_size]
-    probabilities = predict(np.stack([read(path) for path in part]))
-    classes = np.argsort(-probabilities, axis=1, kind='stable')[:, :top]
-    shares = np.take_along_axis(probabilities, classes, axis=1)
-    for path, found, its in zip(part, classes.tolist(), shares.tolist(), strict=True):
-      yield Prediction(
-        str(path),
-        tuple(found),
-        tuple(names[i] if names else f'class {i}' for i in found),
-        tuple(its),
-      )
+  def predictions():
+    for start in range(0, len(paths), batch_size):
+      part = paths[start : start + batch_size]
+      probabilities = predict(np.stack([read(path) for path in part]))
+      classes = np.argsort(-probabilities, axis=1, kind='stable')[:, :top]
+      shares = np.take_along_axis(probabilities, classes, axis=1)
+      for path, found, its in zip(part, classes.tolist(), shares.tolist(), strict=True):
+        yield Prediction(
+          str(path),
+          tuple(found),
+          tuple(names[i] if names else f'class {i}' for i in found),
+          tuple(its),
+        )
+
+  return predictions()
 
 
 def _check(images, top, image_size, batch_size):

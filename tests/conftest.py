@@ -145,7 +145,7 @@ def threads_decode():
   """Where stream.workers is 0 threads decode, also in training: processes take seconds to start."""
   with pytest.MonkeyPatch.context() as patch:
     if importlib.util.find_spec('grain'):  # which the environment of Apache Beam lacks
-      patch.setattr('cvt_flax.data.stream._workers', lambda cores_for_threads: 0)
+      patch.setattr('cvt_flax.data.stream._workers', lambda split, cores_for_threads: 0)
     yield
 
 

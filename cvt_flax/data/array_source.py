@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import typing
 import zipfile
 import zlib
 
@@ -19,6 +20,7 @@ class ArraySplit(Split):
   name: str
   images: np.ndarray
   labels: np.ndarray
+  in_memory: typing.ClassVar[bool] = True
 
   def _read(self, index: int) -> Example:
     image = self.images[index]

@@ -2,6 +2,7 @@
 
 import array
 import csv
+import hashlib
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ class _Rows:
 
   def __init__(self):
     self.names, self.classes = NamePacker(), array.array('i')
+    self.digests = array.array('Q')  # of the names: 8 bytes, where a set of them takes over 100
 
 
 def load_csv(file: str) -> Dataset:
@@ -36,6 +38,7 @@ def load_csv(file: str) -> Dataset:
       for line, name, label, kind in _records(path, lines):
         rows = splits.setdefault(kind, _Rows())
         rows.names.extend([name])
+        rows.digests.append(_digest(name))
         rows.classes.append(numbers.setdefault(label, len(numbers)))
         first_lines.setdefault(label, line)
   except OSError as error:
@@ -53,6 +56,7 @@ def load_csv(file: str) -> Dataset:
     for kind in SPLIT_NAMES
     if kind in splits
   }
+  _check_once(path, found, [splits[kind].digests for kind in found])
   if 'train' in found:
     _check_classes(path, class_names, found['train'].labels, first_lines)
   return Dataset(pathlib.Path(path).stem, class_names, **found)
@@ -89,6 +93,27 @@ def _records(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str, str, s
       yield reader.line_num, name, label, kind
   except csv.Error as error:
     raise UserError(f'{path} line {reader.line_num} is not CSV: {error}') from error
+
+
+def _digest(name: str) -> int:
+  plain = os.fsencode(os.path.normpath(name))
+  return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), 'little')
+
+
+def _check_once(path: str, splits: dict[str, FileSplit], digests: Sequence[array.array]) -> None:
+  """Each file is listed once: of two lines, one might be trained on and the other evaluated."""
+  together = np.concatenate([np.frombuffer(each, np.uint64) for each in digests])
+  order = np.argsort(together, kind='stable')
+  again = np.flatnonzero(together[order[1:]] == together[order[:-1]])
+  if again.size:
+    kinds = np.repeat(list(splits), [len(split) for split in splits.values()])
+    where = np.concatenate([np.arange(len(split)) for split in splits.values()])
+    first, second = order[again[0]], order[again[0] + 1]
+    raise UserError(
+      f'{path} lists {splits[kinds[first]].path(where[first])} twice, in {kinds[first]} and in '
+      f'{kinds[second]}: an image may be in one split alone, once (class_weights makes a class '
+      'count more)'
+    )
 
 
 def _columns(path: str, header: Sequence[str]) -> list[int | None]:

@@ -45,11 +45,13 @@ class Split(abc.ABC):
     labels: the labels of all examples in order, int32 [N]. To ask a TFDS split for them is to read
       all of it once.
     multi_label: whether examples have `Example.labels`.
+    in_memory: whether pixels are there already, and not to be read and decoded.
   """
 
   name: str
   labels: np.ndarray
   multi_label: bool = False
+  in_memory: bool = False
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -121,6 +123,10 @@ class Subset(Split):
   def multi_label(self) -> bool:
     return self.split.multi_label
 
+  @property
+  def in_memory(self) -> bool:
+    return self.split.in_memory
+
   def digest(self) -> str:
     return sha256([self.split.digest(), self.indices])
 
@@ -138,8 +144,10 @@ def sha256(parts: Iterable[str | bytes | np.ndarray]) -> str:
   """Returns the SHA-256, in hex, of texts, bytes and the contents of arrays, kept apart."""
   digest = hashlib.sha256()
   for part in parts:
-    data = part.encode() if isinstance(part, str) else bytes(part)
-    digest.update(len(data).to_bytes(8, 'little') + data)
+    part = part.encode() if isinstance(part, str) else part
+    data = memoryview(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    digest.update(data.nbytes.to_bytes(8, 'little'))
+    digest.update(data.cast('B'))
   return digest.hexdigest()
 
 

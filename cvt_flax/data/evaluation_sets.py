@@ -103,6 +103,10 @@ class _Renumbered(Split):
   def multi_label(self) -> bool:
     return self.split.multi_label
 
+  @property
+  def in_memory(self) -> bool:
+    return self.split.in_memory
+
   def digest(self) -> str:
     return sha256([self.split.digest(), self.numbers])
 

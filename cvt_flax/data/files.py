@@ -6,6 +6,7 @@ reads a split has its own copy.
 """
 
 import dataclasses
+import errno
 import itertools
 import os
 import pathlib
@@ -18,6 +19,16 @@ from cvt_flax.data.dataset import Example, Split, sha256
 
 _BLOCK = 64  # names: to look one up is quick, and larger blocks are hardly smaller
 _OPEN_FILES = 8_192
+# What makes a file an image that cannot be decoded; other errors are of what it lies on.
+_OF_THE_FILE = {
+  errno.ENOENT,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EISDIR,
+  errno.ENOTDIR,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+}
 
 
 def allow_open_files() -> None:
@@ -91,9 +102,9 @@ class FileSplit(Split):
     path = self.path(index)
     try:
       data = pathlib.Path(path).read_bytes()
-    except (FileNotFoundError, PermissionError) as error:
-      data = error
-    except OSError as error:  # not of the file, so the image is not left out
+    except OSError as error:
+      if error.errno in _OF_THE_FILE:
+        return Example(error, int(self.labels[index]), index, path)
       error.filename = path  # reading, in place of opening, names none
       raise
     return Example(data, int(self.labels[index]), index, path)

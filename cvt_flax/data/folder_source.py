@@ -21,6 +21,9 @@ IMAGE_EXTENSIONS = (
   '.gif',
   '.tif',
   '.tiff',
+  '.pbm',
+  '.pgm',
+  '.pnm',
   '.ppm',
 )
 _FOLDER_FORMS = 'DIR/train/CLASS/image or DIR/CLASS/image'

@@ -134,7 +134,8 @@ def resize_and_crop(image: Image.Image, size: int, crop_ratio: float = 0.875) ->
     raise ValueError(f'crop_ratio is {crop_ratio}, but must be in (0, 1]')
   width, height = image.size
   shorter = int(size / crop_ratio)
-  if shorter**2 * max(width, height) / min(width, height) > 2 * Image.MAX_IMAGE_PIXELS:
+  limit = Image.MAX_IMAGE_PIXELS  # which programs set to None for none
+  if limit and shorter**2 * max(width, height) / min(width, height) > 2 * limit:
     raise ValueError(f'{width}x{height} pixels are too thin for a crop of the centre')
   if width <= height:
     width, height = shorter, int(shorter * height / width)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import os
 import typing
 
 import flax
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cvt_flax.data import images, trivial_augment
+from cvt_flax.data import images, machine, trivial_augment
 from cvt_flax.errors import UserError
 from cvt_flax.rng import Stream, stream_key
 
@@ -88,8 +87,9 @@ def read_arrays(
       decoded and `skip_unreadable` is off, or none can.
   """
   n = len(split)
-  needed, available = n * image_size * image_size * 3, _available_memory()
-  if needed > available:
+  needed, available = n * image_size * image_size * 3, machine.available_memory()
+  # On a CPU they are copied once more: that is the device.
+  if needed * (1 + (jax.default_backend() == 'cpu')) > available:
     raise UserError(
       f'{split.name}: {n} images of {image_size}x{image_size} need {needed / 2**30:.1f} GiB of '
       f'memory, and {available / 2**30:.1f} GiB are available: make the images smaller, or use '
@@ -113,7 +113,7 @@ def read_arrays(
     return left_out
 
   # Threads, because Pillow lets go of the interpreter's lock while it decodes and resizes.
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(machine.cores()) as pool:
     left_out = sum(pool.map(read, range(0, n, _READ_TOGETHER)), [])
   if n and len(left_out) == n:
     raise UserError(f'{split.name}: none of its {n} images can be decoded')
@@ -122,19 +122,6 @@ def read_arrays(
     gaps = [place for place, _ in left_out]
     arrays = jax.tree.map(lambda array: np.delete(array, gaps, axis=0), arrays)
   return arrays, [name for _, name in left_out]
-
-
-def _available_memory() -> float:
-  """Returns the bytes of memory that can be had without swapping; where unknown, infinity."""
-  try:
-    with open('/proc/meminfo') as file:
-      sizes = dict(line.split(':') for line in file)
-    return int(sizes['MemAvailable'].split()[0]) * 1024
-  except (OSError, KeyError):  # not Linux
-    try:
-      return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, ValueError):  # Windows has no sysconf
-      return float('inf')
 
 
 def epoch_order(seed: int, epoch: int | jax.Array, size: int) -> jax.Array:

@@ -162,9 +162,9 @@ def stratified_choice(
 ) -> np.ndarray:
   """Chooses examples so that each class keeps its share.
 
-  Each class gives the whole part of count * (its share); what is missing to `count` comes, one
-  each, from the classes with the largest fractions. The last image of a class is not taken while
-  another class has more than one left.
+  Each class gives count * (its share), rounded up or down: which, is drawn, and as often up as the
+  fraction says (systematic sampling of classes in random order). The last image of a class is not
+  taken while another class has more than one left.
 
   Args:
     labels: int [N].
@@ -174,15 +174,18 @@ def stratified_choice(
   Returns:
     Their indices, int32 [count], sorted.
   """
-  classes, sizes = np.unique(labels, return_counts=True)
-  quotas, fractions = np.divmod(sizes.astype(np.int64) * count, len(labels))
+  rng = np.random.default_rng((seed, stream))
+  rank = rng.random(len(labels))
+  _, numbers, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  shuffled = rng.permutation(len(sizes))
+  reached = np.cumsum(sizes[shuffled].astype(np.int64) * count) + rng.integers(len(labels))
+  quotas = np.empty_like(sizes)
+  quotas[shuffled] = np.diff(reached // len(labels), prepend=0)
+  quotas = np.minimum(quotas, sizes - 1)
   while missing := count - quotas.sum():
     left = sizes - quotas
     able = np.flatnonzero(left > 1 if left.max() > 1 else left == 1)
-    quotas[able[np.argsort(-fractions[able], kind='stable')[:missing]]] += 1
-  rank = np.random.default_rng((seed, stream)).random(len(labels))
-  chosen = []
-  for cls, quota in zip(classes, quotas, strict=True):
-    members = np.flatnonzero(labels == cls)
-    chosen.append(members[np.argsort(rank[members])[:quota]])
-  return np.sort(np.concatenate(chosen)).astype(np.int32)
+    quotas[rng.permutation(able)[:missing]] += 1
+  by_class = np.lexsort((rank, numbers))
+  place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+  return np.sort(by_class[place < np.repeat(quotas, sizes)]).astype(np.int32)

@@ -19,6 +19,7 @@ import functools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import typing
@@ -29,7 +30,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from cvt_flax.data import images
+from cvt_flax.data import images, machine
 from cvt_flax.data.files import allow_open_files
 from cvt_flax.errors import UserError
 from cvt_flax.rng import Stream
@@ -55,7 +56,7 @@ class Reading:
   Attributes:
     host, hosts: which of how many hosts this is; each reads its part of every batch.
     workers: processes that decode; 0: a process a core, or threads of this one where it has a
-      single core, or up to four in evaluation.
+      single core, or up to four in evaluation, or where the pixels are in memory.
     skip_unreadable: gives a black image with mask 0 for one that cannot be decoded.
   """
 
@@ -132,7 +133,8 @@ def train_batches(
     UserError: an image cannot be decoded and `reading.skip_unreadable` is off.
   """
   rows = _TrainRows(split, transform, order, reading, stop)
-  return _batches(rows, rows.local, start, reading.workers or _workers(_THREADS_TO_TRAIN))
+  workers = reading.workers or _workers(split, _THREADS_TO_TRAIN)
+  return _batches(rows, rows.local, start, workers)
 
 
 def eval_batches(
@@ -156,7 +158,8 @@ def eval_batches(
     num_classes: k of 'labels'; of no effect for a split with one label an image.
   """
   rows = _EvalRows(split, size, crop_ratio, batch_size, reading, num_classes)
-  return _batches(rows, rows.local, 0, reading.workers or _workers(_THREADS_TO_EVALUATE))
+  workers = reading.workers or _workers(split, _THREADS_TO_EVALUATE)
+  return _batches(rows, rows.local, 0, workers)
 
 
 class _Rows:
@@ -238,10 +241,10 @@ def _batches(rows: _Rows, local: int, start: int, workers: int) -> Iterator[Batc
   # Images are made in pieces: one by one they would cost Grain more, and whole batches would each
   # wait for one worker.
   pieces = grain.MapDataset.source(rows)[start * local :].batch(_PIECE)
-  if workers:
+  if workers := min(workers, len(pieces)):
     yield from _regrouped(_from_processes(pieces, workers), local)
   else:
-    threads = 2 * _cores()  # as they wait for the disk, too
+    threads = 2 * machine.cores()  # as they wait for the disk, too
     ahead = max(math.ceil(local / _PIECE), _AHEAD * threads)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     yield from _regrouped(_closing(pieces.to_iter_dataset(options)), local)
@@ -274,7 +277,7 @@ def _from_processes(pieces: grain.MapDataset, workers: int) -> Iterator[Batch]:
   """Yields pieces that processes make.
 
   Raises:
-    UserError: they cannot be started.
+    UserError: they cannot be started, or one was ended.
   """
   if not flags.FLAGS.is_parsed():  # in a notebook; Grain asks absl for flags of its own
     flags.FLAGS.mark_as_parsed()
@@ -292,35 +295,43 @@ def _from_processes(pieces: grain.MapDataset, workers: int) -> Iterator[Batch]:
   # the threads that start them, inherit that they are blocked.
   resource_tracker.ensure_running()  # or its start would unblock them
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  guard = " before its first ones: a script needs `if __name__ == '__main__':` around what it does"
   try:
-    first = next(made, None)
-  except RuntimeError as error:
-    raise UserError(
-      'a process that decodes images ended before its first ones: a script needs '
-      "`if __name__ == '__main__':` around what it does, or the memory is too little for "
-      f'workers={workers}'
-    ) from error
+    with _told_of_an_end(workers, f'{guard}, or'):
+      first = next(made, None)
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-  with contextlib.closing(made):
+  with contextlib.closing(made), _told_of_an_end(workers, ':'):
     if first is not None:
       yield first
       del first
       yield from made
 
 
-def _cores() -> int:
-  """Returns how many cores this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+@contextlib.contextmanager
+def _told_of_an_end(workers: int, when: str) -> Iterator[None]:
+  """Makes of Grain's error for a process that has ended one that a person can act on."""
+  try:
+    yield
+  except RuntimeError as error:
+    ended = re.search(r'terminated unexpectedly with exit code (-?\d+)', str(error))
+    if not ended:  # of what the process read
+      raise
+    raise UserError(
+      f'a process that decodes images ended with exit code {ended[1]}{when} the memory, or that '
+      f'of /dev/shm, is too little for stream.workers={workers}'
+    ) from error
 
 
-def _workers(cores_for_threads: int) -> int:
-  """Returns how many processes decode; 0 with at most so many cores.
+def _workers(split: dataset.Split, cores_for_threads: int) -> int:
+  """Returns how many processes decode; 0 with at most so many cores, or if nothing is to decode.
 
   Some of the work holds Python's lock, so threads keep few cores busy. Processes cost a copy of
-  every batch and memory of their own, and start more slowly.
+  every batch and memory of their own, for pixels that are in memory those of the whole split, and
+  start more slowly.
   """
-  return _cores() if _cores() > cores_for_threads else 0
+  cores = machine.cores()
+  return cores if cores > cores_for_threads and not split.in_memory else 0
 
 
 def _start_worker(worker: int, workers: int) -> None:

@@ -23,7 +23,14 @@ from jaxtyping import Array, Float
 
 from cvt_flax.models.compact_options import CompactOptions, check_size, resolve_compact
 from cvt_flax.models.cvt import Mlp
-from cvt_flax.models.layers import Dense, DropPath, LayerNorm, SequencePool, dense_init
+from cvt_flax.models.layers import (
+  Dense,
+  DropPath,
+  LayerNorm,
+  SequencePool,
+  check_images,
+  dense_init,
+)
 from cvt_flax.ops.attention import attention
 
 
@@ -191,14 +198,15 @@ class CompactViT(nn.Module):
     """Classifies images.
 
     Args:
-      images: normalised; image_size x image_size where positions are learnt, else of any size that
-        leaves a token.
+      images: normalised, of 3 channels; image_size x image_size where positions are learnt, else of
+        any size that leaves a token, and that patches divide.
       train: dropouts draw from rngs={'dropout': key}.
 
     Returns:
       The logits, float32.
     """
     o = resolve_compact(self)
+    check_images(images, self.in_channels)
     check_size(self, o, *images.shape[1:3])
     tokenizer = (
       ConvTokenizer(o, self.dtype, name='tokenizer')
@@ -207,7 +215,7 @@ class CompactViT(nn.Module):
     )
     x = rearrange(tokenizer(images.astype(self.dtype)), 'b h w c -> b (h w) c')
     if o.cls_token:
-      cls = self.param('cls_token', dense_init, (1, 1, self.width))
+      cls = self.param('cls_token', dense_init, (1, 1, self.width), jnp.float32)
       x = jnp.concatenate([repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=len(x)), x], axis=1)
     x = self._add_position(x)
     if o.cls_token:
@@ -231,7 +239,7 @@ class CompactViT(nn.Module):
       case 'learnable':
         # What each code base begins with: c-ViT 0.02, CCT 0.2.
         init = nn.initializers.normal(0.2 if self.conv_layers else 0.02)
-        return x + self.param('pos_embed', init, (1, n, c)).astype(self.dtype)
+        return x + self.param('pos_embed', init, (1, n, c), jnp.float32).astype(self.dtype)
       case 'sine':
         return x + sine_embedding(n, c).astype(self.dtype)
       case 'none':

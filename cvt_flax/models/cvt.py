@@ -28,6 +28,7 @@ from cvt_flax.models.layers import (
   DropPath,
   LayerNorm,
   SequencePool,
+  check_images,
   dense,
   dense_init,
   uniform_init,
@@ -212,13 +213,13 @@ class Stage(nn.Module):
     if 0 in (h, w):
       raise ValueError(f'the images are too small: a stage is left with a map of {h}x{w}')
     if o.pos_embed:
-      table = self.param('pos_embed', dense_init, (1, o.pos_embed, o.pos_embed, c))
+      table = self.param('pos_embed', dense_init, (1, o.pos_embed, o.pos_embed, c), jnp.float32)
       if (h, w) != table.shape[1:3]:
         table = jax.image.resize(table, (1, h, w, c), 'bicubic')
       x = x + table.astype(self.dtype)
     x = rearrange(x, 'b h w c -> b (h w) c')
     if o.cls_token:
-      cls = self.param('cls_token', dense_init, (1, 1, c))
+      cls = self.param('cls_token', dense_init, (1, 1, c), jnp.float32)
       cls = einops.repeat(cls.astype(self.dtype), '1 1 c -> b 1 c', b=b)
       x = jnp.concatenate([x, cls], axis=1)
     x = nn.Dropout(o.embed_drop_rate, deterministic=not train)(x)
@@ -284,7 +285,7 @@ class CvT(nn.Module):
 
   Raises:
     ValueError: on construction, naming the attribute, when the attributes do not fit together; on
-      application, when the images have not in_channels.
+      application, when the images are not [b h w in_channels].
     TypeError: on construction, for a keyword that is none of these.
   """
 
@@ -365,11 +366,7 @@ class CvT(nn.Module):
   @nn.compact
   def _stages(self, images, train, last_map):
     """Returns the maps of all stages, the last one None unless wanted, and its class tokens."""
-    if images.shape[-1] != self.in_channels:
-      raise ValueError(
-        f'in_channels={self.in_channels}: images [b h w {self.in_channels}] are needed, these are '
-        f'{list(images.shape)}'
-      )
+    check_images(images, self.in_channels)
     x, maps, cls = images.astype(self.dtype), [], None
     stages = resolve(self)
     for s, options in enumerate(stages):

@@ -21,6 +21,15 @@ BATCH_NORM_MOMENTUM = 0.9
 dense_init = nn.initializers.normal(stddev=0.02)
 
 
+def check_images(images: Array, channels: int) -> None:
+  """Raises a ValueError when images are not [b h w channels]."""
+  if images.ndim != 4 or images.shape[-1] != channels:
+    raise ValueError(
+      f'in_channels={channels}: images [b h w {channels}] are needed, these are '
+      f'{list(images.shape)}'
+    )
+
+
 def uniform_init(fan_in: int) -> nn.initializers.Initializer:
   """Returns PyTorch's default for weights and biases: uniform within 1 / sqrt(fan_in)."""
   bound = fan_in**-0.5
@@ -78,8 +87,9 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, '*rows c']) -> Float[Array, '*rows c']:
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:], jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], jnp.float32)
+    scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)  # whatever they were made
     return layer_norm(x, scale, bias, EPSILON, self.dtype)
 
 
@@ -126,10 +136,10 @@ class DenseParameters(nn.Module):
 
   @nn.compact
   def __call__(self, c: int) -> tuple[Float[Array, 'c features'], Float[Array, ' features']]:
-    kernel = self.param('kernel', dense_init, (c, self.features))
+    kernel = self.param('kernel', dense_init, (c, self.features), jnp.float32)
     if not self.use_bias:
-      return kernel, jnp.zeros(self.features)
-    return kernel, self.param('bias', nn.initializers.zeros, (self.features,))
+      return kernel, jnp.zeros(self.features, jnp.float32)
+    return kernel, self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
 
 
 class BatchNorm(nn.Module):
@@ -153,10 +163,10 @@ class BatchNorm(nn.Module):
   ) -> Float[Array, 'b h w features']:
     """Returns the normalised maps times the kernel, plus the bias, in x's dtype."""
     c = x.shape[-1]
-    scale = self.param('scale', nn.initializers.ones, (c,))
-    shift = self.param('bias', nn.initializers.zeros, (c,))
-    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,))
-    running_var = self.variable('batch_stats', 'var', jnp.ones, (c,))
+    scale = self.param('scale', nn.initializers.ones, (c,), jnp.float32)
+    shift = self.param('bias', nn.initializers.zeros, (c,), jnp.float32)
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,), jnp.float32)
+    running_var = self.variable('batch_stats', 'var', jnp.ones, (c,), jnp.float32)
     if not train:
       return project(x, running_mean.value, running_var.value, scale, shift, kernel, bias, EPSILON)
     y, mean, var = project_groups(x, scale, shift, kernel, bias, self.group_size, EPSILON)

@@ -68,6 +68,8 @@ def project_groups(
     ValueError: when the batch does not divide into groups, or a group has one value a channel.
   """
   b, h, w, _ = x.shape
+  if not b:
+    raise ValueError('batch normalisation of no images: there are no statistics')
   size = group_size or b
   if b % size:
     raise ValueError(f'bn_group_size={size} does not divide the batch of {b} images')
@@ -78,6 +80,7 @@ def project_groups(
       'Train with at least 2 images to a group'
     )
   x = rearrange(x, '(g n) h w c -> g n h w c', n=size)
+  scale, shift, kernel, bias = (a.astype(jnp.float32) for a in (scale, shift, kernel, bias))
   y, mean, var = _project_groups(x, scale, shift, kernel, bias, epsilon)
   y = rearrange(y, 'g n h w c -> (g n) h w c')
   mean, var = (lax.stop_gradient(jnp.mean(a, 0)) for a in (mean, var))

@@ -14,16 +14,20 @@ def linear(
   x: Float[Array, '*rows c'], kernel: Float[Array, 'c features']
 ) -> Float[Array, '*rows features']:
   """Returns x times the kernel, in their dtype."""
+  return _product(x, kernel)
+
+
+def _product(x, kernel):
   return lax.platform_dependent(x, kernel, tpu=in_tiles, default=jnp.matmul)
 
 
 def _forward(x, kernel):
-  return linear(x, kernel), (x, kernel)
+  return _product(x, kernel), (x, kernel)
 
 
 def _backward(residuals, g):
   x, kernel = residuals
-  return linear(g, kernel.T), kernel_gradient(x, g).astype(kernel.dtype)
+  return _product(g, kernel.T), kernel_gradient(x, g).astype(kernel.dtype)
 
 
 linear.defvjp(_forward, _backward)

@@ -98,6 +98,13 @@ def _results(groups):
   return markup.section('Results', *parts)
 
 
+def _difference(value, form):
+  """Returns the difference of two numbers of a form, of two percentages in points."""
+  if form.endswith('%'):
+    return f'{100 * value:+{form[:-1]}f} points'
+  return number(value, f'+{form}')
+
+
 def _paired_tests(groups):
   """Yields a paired t-test over the seeds of every two configs; of single runs there is none."""
   rows, apart = [], []
@@ -108,7 +115,7 @@ def _paired_tests(groups):
       test = statistics.paired_t(a.finals(metric), b.finals(metric))
       if test:
         rows.append(
-          [f'{b.name} less {a.name}', name, number(test.difference, f'+{form}')]
+          [f'{b.name} less {a.name}', name, _difference(test.difference, form)]
           + [number(test.p, '.3g'), number(test.n)]
         )
   if rows:

@@ -90,6 +90,7 @@ def lines(theme: Theme, drawn: Sequence[Line], percent: bool = False) -> Figure:
 
 def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = False) -> None:
   """Draws what `lines` returns into axes."""
+  shown = {}
   for line in drawn:
     style = dict(_STYLES[line.style])
     if len(line.x) == 1:  # of one point a line shows nothing
@@ -99,7 +100,9 @@ def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = 
     again, color = divmod(line.color, len(theme.lines))
     if line.style != 'star':
       style['linestyle'] = _DASHES[again % len(_DASHES)]
-    axes.plot(line.x, line.y, color=theme.lines[color], label=line.label or '_', **style)
+    (plotted,) = axes.plot(line.x, line.y, color=theme.lines[color], **style)
+    if line.label:
+      shown[line.label] = plotted
   if percent:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
   else:
@@ -109,8 +112,10 @@ def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = 
   axes.set_xlabel('epoch', color=theme.text, fontsize=_TEXT)
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for d in drawn for x in d.x) >= 2))
   axes.grid(True, color=theme.faint, linewidth=0.6)
-  if any(line.label for line in drawn):
-    legend = axes.legend(frameon=False, fontsize=_TEXT, labelcolor=theme.text)
+  if shown:
+    legend = axes.legend(
+      shown.values(), shown, frameon=False, fontsize=_TEXT, labelcolor=theme.text
+    )
     for text in legend.get_texts():
       text.set_parse_math(False)
 

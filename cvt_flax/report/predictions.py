@@ -6,6 +6,7 @@ import dataclasses
 import io
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def read(path: pathlib.Path) -> Predictions | None:
     with path.open('rb') as opened, np.load(opened) as file:
       arrays = {name: np.asarray(file[name], dtype) for name, dtype in _ARRAYS.items()}
       split, step = str(file['split']), int(file['step'])
-  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
+  except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as e:
     raise UserError(f'{path} is damaged: {e or type(e).__name__}') from e
   if len({x.shape for x in arrays.values()}) != 1 or arrays['index'].ndim != 1:
     raise UserError(f'{path} is damaged: its arrays are not of one length')

@@ -55,10 +55,15 @@ _MOVING = (
   lambda c: c.optimizer.schedule != 'constant' or c.optimizer.warmup_epochs > 0,
   'optimizer.schedule is cosine or multistep, or optimizer.warmup_epochs above 0',
 )
-_TFDS = (lambda c: c.source.startswith('tfds:'), 'source is tfds:NAME')
+_TFDS = (
+  lambda c: any(source.startswith('tfds:') for source in (c.source, *c.eval.sets)),
+  'source or one of eval.sets is tfds:NAME',
+)
 _ENCODED = (
-  lambda c: c.source.startswith(('tfds:', 'folder:', 'csv:')),
-  'source is tfds:NAME, folder:DIR or csv:FILE, whose images have to be decoded',
+  lambda c: any(
+    source.startswith(('tfds:', 'folder:', 'csv:')) for source in (c.source, *c.eval.sets)
+  ),
+  'source or one of eval.sets is tfds:NAME, folder:DIR or csv:FILE, whose images are decoded',
 )
 _NO_STEPS = (lambda c: not c.steps, 'steps is 0; to train by steps, give epochs=10, its default')
 _RESIDENT = (lambda c: c.engine == 'resident', 'engine is resident')

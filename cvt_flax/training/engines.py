@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 
 from cvt_flax.data import augment, dataset, resident, stream
 from cvt_flax.errors import UserError
-from cvt_flax.training import experiment, sharding
+from cvt_flax.training import sharding
 from cvt_flax.training.config import TrainConfig
 
 Batch = dict[str, jax.Array]
+
+_SEVERAL = 16  # images that cannot all be broken by chance
 
 
 class Resident:
@@ -30,6 +32,7 @@ class Resident:
     self._config, self._mesh = config, mesh
     a = config.augment
     self._augment = resident.Augment(a.crop_padding, a.flip, a.trivial_augment)
+    self._held = 0  # bytes of images on every device
 
   def open(self, split: dataset.Split) -> resident.Arrays:
     """Decodes a split and puts it on the devices.
@@ -44,9 +47,10 @@ class Resident:
     if skipped:
       print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
     memory = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
-    if arrays.image.nbytes > memory:
+    self._held += arrays.image.nbytes
+    if self._held > memory:
       raise UserError(
-        f'{split.name}: {arrays.image.nbytes / 2**30:.1f} GiB of images do not fit into the '
+        f'{split.name}: {self._held / 2**30:.1f} GiB of images in all do not fit into the '
         f'{memory / 2**30:.1f} GiB of a device: set engine=stream, or make the images smaller'
       )
     return sharding.place(arrays, sharding.replicated(self._mesh))
@@ -55,9 +59,9 @@ class Resident:
     """Returns how many images there are."""
     return len(arrays.label)
 
-  def digest(self, arrays: resident.Arrays) -> str:
-    """Returns a digest: another when images are added, left out, moved or labelled otherwise."""
-    return experiment.digest(arrays.label, arrays.index)
+  def decoded(self, arrays: resident.Arrays) -> str:
+    """Returns a digest of which images could be decoded: their places in the order of the split."""
+    return dataset.sha256([arrays.index])
 
   def feed_training(
     self, arrays: resident.Arrays, start: int, stop: int
@@ -144,9 +148,9 @@ class Streaming:
     """Returns how many images there are."""
     return len(split)
 
-  def digest(self, split: dataset.Split) -> str:
-    """Returns a digest: another when images are added, left out, renamed or labelled otherwise."""
-    return split.digest()
+  def decoded(self, split: dataset.Split) -> str:
+    """Returns '': an image that cannot be decoded keeps its place."""
+    return ''
 
   def feed_training(self, split: dataset.Split, start: int, stop: int) -> Iterator[tuple[Any, ...]]:
     """Yields, for the steps from `start` to before `stop`, what `train_batch` takes."""
@@ -156,7 +160,7 @@ class Streaming:
     batches = stream.train_batches(
       split, self._transform, order, self._reading, start=start, stop=stop
     )
-    return self._fed(split, batches)
+    return self._fed(split, _some_readable(split, batches))
 
   def train_batch(self, step: jax.Array, batch: Batch) -> Batch:
     """Returns the batch of a step, inside of jit."""
@@ -206,6 +210,17 @@ class Streaming:
             self._unreadable.add((split.name, index))
             print(f'{split.name}: left out #{index}, which cannot be read')
         yield batch
+
+
+def _some_readable(split: dataset.Split, batches: Iterator[Batch]) -> Iterator[Batch]:
+  """Raises a UserError when no image of a batch of several can be read, as when a disk is gone."""
+  with contextlib.closing(batches):
+    for batch in batches:
+      if len(batch['mask']) >= _SEVERAL and not batch['mask'].any():
+        raise UserError(
+          f'{split.name}: none of the {len(batch["mask"])} images of a batch can be read'
+        )
+      yield batch
 
 
 Engine = Resident | Streaming

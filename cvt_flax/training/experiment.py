@@ -3,13 +3,10 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import os
 import pathlib
-
-import numpy as np
 
 from cvt_flax import storage
 from cvt_flax.data.dataset import Dataset
@@ -20,8 +17,8 @@ from cvt_flax.training.hardware import describe
 from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description, run_json
 
-# What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, which
-# may be raised; the learning rate then follows the longer schedule from there on.
+# What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, or
+# `steps`, which may be raised; the learning rate then follows the longer schedule from there on.
 _FREE = (
   'data_dir',
   'skip_unreadable',
@@ -61,17 +58,20 @@ class Experiment:
   Attributes:
     config: the config it was started with.
     class_names: what the logits stand for.
-    data: the digest of the images that are trained on and validated with.
+    data: the digest of the images that are trained on and validated with, as the source lists them.
+    decoded: of the resident engine, the digest of those of them that could be decoded.
   """
 
   config: TrainConfig
   class_names: tuple[str, ...]
   data: str
+  decoded: str
 
 
-def digest(*arrays: np.ndarray) -> str:
-  """Returns a digest of labels and indices: another when images are added, left out or moved."""
-  return hashlib.sha256(b'|'.join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+def digest(data: Dataset) -> str:
+  """Returns a digest of what is trained on and validated with, as `Split.digest`."""
+  used = (split for split in (data.train, data.validation) if split is not None)
+  return '+'.join(split.digest() for split in used)
 
 
 def read(folder: pathlib.Path) -> Experiment | None:
@@ -82,7 +82,8 @@ def read(folder: pathlib.Path) -> Experiment | None:
   try:
     record = json.loads(path.read_text())
     config = _with_defaults(record['config'], to_dict(TrainConfig()))
-    return Experiment(freeze(config), tuple(record['class_names']), record['data'])
+    names = tuple(record['class_names'])
+    return Experiment(freeze(config), names, record['data'], record['decoded'])
   except (OSError, ValueError, KeyError, TypeError, UserError) as e:
     raise UserError(
       f'{path} is damaged, or of another version ({type(e).__name__}: {e}): give another folder, '
@@ -185,6 +186,7 @@ def write(folder: pathlib.Path, experiment: Experiment, data: Dataset, model: De
       'config': to_dict(experiment.config),
       'class_names': experiment.class_names,
       'data': experiment.data,
+      'decoded': experiment.decoded,
       'hardware': describe(),
     },
   )
@@ -208,13 +210,14 @@ def check_config(
   Raises:
     UserError: when it is the run of another config.
   """
+  free_now = (*_FREE, 'steps') if now.steps and saved.steps else _FREE
   changed = {
     name: pair
     for name, pair in differences(saved, now).items()
     if (
       name in _OF_EVALUATION or name.startswith('model.') and name not in _OF_COMPUTING
       if evaluation
-      else name not in _FREE and not name.startswith(_FREE_GROUPS)
+      else name not in free_now and not name.startswith(_FREE_GROUPS)
     )
   }
   if changed:
@@ -224,11 +227,12 @@ def check_config(
       f'{folder} holds a run of another config ({words}): give another folder, {free(folder)}, or '
       'the config that it was started with'
     )
-  if now.epochs < saved.epochs and not evaluation:
-    raise UserError(
-      f'epochs={now.epochs}: the run in {folder} was started with {saved.epochs}, which can only '
-      'be raised'
-    )
+  for name in ('epochs', 'steps'):
+    given, before = getattr(now, name), getattr(saved, name)
+    if given < before and not evaluation:
+      raise UserError(
+        f'{name}={given}: the run in {folder} was started with {before}, which can only be raised'
+      )
 
 
 def check_classes(
@@ -245,25 +249,31 @@ def check_classes(
 
 def check_data(folder: pathlib.Path, saved: Experiment, now: Experiment) -> None:
   """Raises a UserError when the images are not those that the run was started with."""
-  if now.data != saved.data:
+  if (now.data, now.decoded) != (saved.data, saved.decoded):
     raise UserError(
       f'the images of {now.config.source} have changed since the run in {folder} was started, and '
       f'some that it was trained on might now be validated with: give another, {free(folder)}'
     )
 
 
-def check_held_out(folder: pathlib.Path, source: str, data: Dataset) -> None:
-  """Raises a UserError when other places of train are held out than when the run was started."""
+def check_held_out(folder: pathlib.Path, saved: Experiment, data: Dataset) -> None:
+  """Raises a UserError when other images of train are held out than when the run was started."""
+  source = saved.config.source
   for file, name in _HELD_OUT.items():
     path = folder / file
     try:
-      saved = json.loads(path.read_text()) if path.exists() else []
+      places = json.loads(path.read_text()) if path.exists() else []
     except (OSError, ValueError) as e:
       raise UserError(f'{path} is damaged ({type(e).__name__}: {e})') from e
-    if saved != getattr(data, name).tolist():
+    if places != getattr(data, name).tolist():
       raise UserError(
         f'the images of {source} have changed since the run in {folder} was started: {file} names '
         'others, and some that it was trained on would be evaluated'
+      )
+    if places and digest(data) != saved.data:
+      raise UserError(
+        f'the images of {source} have changed since the run in {folder} was started, and some that '
+        'it was trained on might be evaluated'
       )
 
 

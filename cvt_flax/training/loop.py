@@ -160,6 +160,8 @@ def _train(config, folder, watch):
     c = config
     unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
     another = ', with another --workdir'  # as a run keeps its batch size
+    if c.engine == 'resident':
+      another += ', or engine=stream'
     memory = told_of_memory('--config.batch_size', c.batch_size, unit, another)
     with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)

@@ -103,5 +103,5 @@ def first_speaks() -> Iterator[None]:
   if is_first():
     yield
     return
-  with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+  with open(os.devnull, 'w', errors='replace') as nowhere, contextlib.redirect_stdout(nowhere):
     yield

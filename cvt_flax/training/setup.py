@@ -91,7 +91,7 @@ class Setup:
     if self.saved:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
       if evaluation and config.source == self.saved.config.source:
-        experiment.check_held_out(folder, config.source, self.dataset)
+        experiment.check_held_out(folder, self.saved, self.dataset)
     logits = num_logits(config, len(self.dataset.class_names))
     self.model = build_model(config.model, logits, config.image_size)
     steps = Preprocessing(config.image_size, config.crop_ratio, config.mean, config.std)
@@ -236,8 +236,10 @@ class TrainingSetup(Setup):
     validation = self.dataset.validation
     self.val_data = None if validation is None else self.engine.open(validation)
     used = (self.train_data,) if validation is None else (self.train_data, self.val_data)
-    data = '+'.join(self.engine.digest(d) for d in used)
-    self.experiment = experiment.Experiment(config, self.dataset.class_names, data)
+    decoded = '+'.join(filter(None, map(self.engine.decoded, used)))
+    self.experiment = experiment.Experiment(
+      config, self.dataset.class_names, experiment.digest(self.dataset), decoded
+    )
     if self.saved:
       experiment.check_data(folder, self.saved, self.experiment)
 

@@ -10,6 +10,8 @@ import itertools
 import typing
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from cvt_flax import compat
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
@@ -52,7 +54,14 @@ Model = CvT | CompactViT
 def attributes(model: Model) -> dict:
   """Returns the attributes of `model` as JSON values: all but those of computing."""
   values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-  return {k: v for k, v in values.items() if k not in _NOT_KEPT}
+  return {k: _plain(v) for k, v in values.items() if k not in _NOT_KEPT}
+
+
+def _plain(value):
+  """Returns a value of Python's own for one of NumPy's, in tuples as well."""
+  if isinstance(value, tuple | list):
+    return tuple(map(_plain, value))
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def from_attributes(values: Mapping, where: str) -> Model:
@@ -237,12 +246,21 @@ def read(layout: Layout, shapes: Shapes, source: str, heads: int = 0) -> Model:
     raise UserError(f'{source}: {e}') from e
 
 
+def is_guess(model: Model) -> bool:
+  """Whether `read` made a CvT of sizes that no named model has: of what tensors do not show."""
+  return isinstance(model, CvT) and not _variant(model.embed_dims, model.depths)
+
+
 def _drop_path_rates(dims, depths):
   """Returns what the named model of these sizes is trained with; zeros where there is none."""
-  for variant in VARIANTS.values():
-    if (variant['embed_dims'], variant['depths']) == (dims, depths):
-      return variant['drop_path_rates']
-  return (0.0,) * len(dims)
+  variant = _variant(dims, depths)
+  return variant['drop_path_rates'] if variant else (0.0,) * len(dims)
+
+
+def _variant(dims, depths):
+  """Returns the named model of these sizes, None where there is none."""
+  sizes = {(v['embed_dims'], v['depths']): v for v in VARIANTS.values()}
+  return sizes.get((dims, depths))
 
 
 # What a layout needs a model to be: (attribute, the words for it, whether a stage is so).

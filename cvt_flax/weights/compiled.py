@@ -32,7 +32,7 @@ def compile_predict(
   as there are, unless there are less than the smallest. Several threads may call it at once.
 
   Args:
-    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    weights: what `load_pretrained` takes, or what `load_weights` returned.
     batch_sizes: images of a batch; one program is compiled for each.
     image_size: height and width in place of the weights' own; 0 keeps theirs.
     dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
@@ -46,7 +47,7 @@ def convert_weights(
     UserError: the source is damaged or does not fit, the destination exists or cannot hold the
       model, or PyTorch is needed and not installed. Nothing is left behind.
   """
-  destination = pathlib.Path(destination)
+  destination = storage.path_of(destination)
   to = to or _by_suffix(destination)
   if to not in KINDS:
     raise UserError(f'to={to!r}: one of {", ".join(KINDS)} is needed{nearest(to, KINDS)}')

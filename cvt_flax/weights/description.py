@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import unicodedata
 from collections.abc import Mapping
 
 from cvt_flax.errors import UserError
@@ -35,11 +36,17 @@ class Description:
 
   def __post_init__(self):
     for name in self.class_names:
-      if not isinstance(name, str) or not name.isprintable():
+      if not isinstance(name, str) or any(map(_is_unprintable, name)):
         raise UserError(f'class name {name!r}: printable text is needed')
     names, classes = len(self.class_names), self.model.num_classes
     if names and names != num_classes(classes):
       raise UserError(f'{names} class names do not fit the {classes} classes of the model')
+
+
+def _is_unprintable(letter):
+  """Whether it is a control, ends a line or turns text around; joiners of letters are none."""
+  is_turn = '\u202a' <= letter <= '\u202e' or '\u2066' <= letter <= '\u2069'
+  return is_turn or unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp')
 
 
 def config_json(description: Description) -> dict:

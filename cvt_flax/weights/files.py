@@ -18,12 +18,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError
 
 # Where training scripts put the state dict in a checkpoint: the authors' code, timm, Lightning.
 _STATE_KEYS = ('state_dict', 'model', 'model_state_dict')
-# What DistributedDataParallel and torch.compile put in front of every name.
-_PREFIXES = ('module.', '_orig_mod.')
+# Where timm and others put averages of the parameters, which are what is evaluated.
+_AVERAGE_KEYS = ('state_dict_ema', 'model_ema', 'ema')
+# What DistributedDataParallel, torch.compile and Lightning put in front of every name.
+_PREFIXES = ('module.', '_orig_mod.', 'model.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,13 @@ class TensorFile:
     path: of the file.
     shapes: {name: shape}.
     read: name -> the tensor.
+    note: what a person should know of what was read; '' where there is nothing.
   """
 
   path: pathlib.Path
   shapes: Mapping[str, tuple[int, ...]]
   read: Callable[[str], np.ndarray]
+  note: str = ''
 
   @property
   def parameters(self) -> int:
@@ -73,15 +78,17 @@ def open_tensors(path: pathlib.Path) -> TensorFile:
 def _open_safetensors(path):
   try:
     file = safetensors.safe_open(path, framework='numpy')
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    # {name: the name in the file}
+    names = _without_prefixes({name: name for name in file.keys()})
+    shapes = {name: tuple(file.get_slice(names[name]).get_shape()) for name in names}
   except (OSError, safetensors.SafetensorError) as e:
     raise UserError(f'{path} is damaged or truncated: {e}') from e
 
   def read(name):
     try:
-      tensor = file.get_tensor(name)
+      tensor = file.get_tensor(names[name])
     except (AttributeError, TypeError, safetensors.SafetensorError) as e:  # NumPy has no such dtype
-      dtype = file.get_slice(name).get_dtype()
+      dtype = file.get_slice(names[name]).get_dtype()
       raise UserError(f'{path}: {name} has the dtype {dtype}, which cannot be read') from e
     return _numbers(path, name, tensor)
 
@@ -104,7 +111,8 @@ def _open_pytorch(path, is_zip):
       ) from e
     raise UserError(f'{path} is damaged or truncated ({type(e).__name__})') from e
 
-  state = _without_prefixes(_state_dict(path, content, torch.Tensor))
+  state, note = _state_dict(path, content, torch.Tensor)
+  state = _without_prefixes(state)
   # A tensor may claim any shape over a small storage, by strides of zero.
   if sum(t.numel() * t.element_size() for t in state.values()) > path.stat().st_size:
     raise UserError(f'{path} is refused: its tensors claim to be larger than the file')
@@ -115,7 +123,7 @@ def _open_pytorch(path, is_zip):
       raise UserError(f'{path}: {name} is a sparse or quantized tensor')
     return _numbers(path, name, (tensor.float() if tensor.is_floating_point() else tensor).numpy())
 
-  return TensorFile(path, {name: tuple(t.shape) for name, t in state.items()}, read)
+  return TensorFile(path, {name: tuple(t.shape) for name, t in state.items()}, read, note)
 
 
 def _check_zip(path):
@@ -133,7 +141,7 @@ def _check_zip(path):
 
 
 def _state_dict(path, content, kind):
-  """Returns {name: tensor}, from a plain state dict or from where a checkpoint has it."""
+  """Returns {name: tensor} of a state dict, or of where a checkpoint has one, and a note."""
 
   def is_state(value):
     return (
@@ -142,18 +150,18 @@ def _state_dict(path, content, kind):
       and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
     )
 
-  candidates = [content]
+  candidates = {'': content}
   if isinstance(content, Mapping):
-    candidates += [content[key] for key in _STATE_KEYS if key in content]
-  for candidate in candidates:
+    candidates |= {key: content[key] for key in (*_AVERAGE_KEYS, *_STATE_KEYS) if key in content}
+  for key, candidate in candidates.items():
     if is_state(candidate):
-      return dict(candidate)
+      return dict(candidate), f'its averages, {key!r}, are taken' if key in _AVERAGE_KEYS else ''
   if not isinstance(content, Mapping):
     why = f'it holds a {type(content).__name__}'
   elif not content:
     why = 'it is empty'
   else:
-    inner = next((c for c in candidates[1:] if isinstance(c, Mapping)), content)
+    inner = next((c for key, c in candidates.items() if key and isinstance(c, Mapping)), content)
     wrong = [str(k) for k, v in inner.items() if not (isinstance(k, str) and isinstance(v, kind))]
     why = f'its entries {", ".join(wrong[:5])} are none'
   raise UserError(f'{path} is no state dict, whose entries are tensors: {why}')
@@ -228,7 +236,12 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def check_new(path: pathlib.Path) -> None:
-  """Raises a UserError when there is something at `path`; an empty folder may be."""
+  """Raises a UserError when there is something at `path`; an empty folder may be.
+
+  Or when it is in an object store, where nothing is renamed.
+  """
+  if storage.is_remote(path):
+    raise UserError(f'{path}: a place on this machine is needed; copy it from there')
   try:
     empty = path.is_dir() and not any(path.iterdir())
     if path.is_symlink() or (path.exists() and not empty):

@@ -112,7 +112,8 @@ def from_json(config: Mapping, where: str) -> Preprocessing:
   if type(size) is not int:
     raise UserError(f'{where}: size={config.get("size")!r}: one number of pixels is needed')
   squash = config.get('squash', size >= _SQUASHED_FROM)
-  crop = config.get('crop_pct', 224 / 256)
+  crop = config.get('crop_pct')
+  crop = 224 / 256 if crop is None else crop  # as transformers has it
   mean, std = config.get('image_mean', IMAGENET_MEAN), config.get('image_std', IMAGENET_STD)
   if not crop:
     raise UserError(f'{where}: crop_pct={crop!r}: from 0.1 to 1 is needed')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
@@ -86,12 +87,18 @@ def load(
   activation: str = '',
   progress: Progress | None = None,
 ) -> Weights:
-  """Reads weights from anything that holds them.
+  """Reads weights from anything that holds them, with all that they say of themselves.
+
+      weights = load_weights('CvT-13-384x384-IN-1k.pth')
+      weights.model, weights.variables, weights.description.preprocessing
+
+  It is `cvt_flax.load_weights`; `load_pretrained` returns of it the model and the variables.
 
   Args:
     source: a .pth or .safetensors file of the authors' code, of vit-pytorch, of SHI-Labs' compact
       transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
-      'hf:NAME' (through huggingface_hub), or a run folder: its best checkpoint.
+      'hf:NAME' or 'hf:NAME@REVISION' (through huggingface_hub), a run folder: its best checkpoint,
+      or a name of `list_pretrained()`.
     model: a name of `list_models()`, or a model, in place of what the weights say themselves.
     activation: 'quick_gelu' or 'gelu' in place of the model's own.
     progress: called as progress(done, total) in parameters.
@@ -99,6 +106,11 @@ def load(
   Raises:
     UserError: the source is damaged, or not what it should be, or does not fit the model.
   """
+  if not isinstance(source, str | os.PathLike):
+    raise UserError(
+      f'the weights are a {type(source).__name__}: a path, a name, or what load_weights returned '
+      'is needed'
+    )
   source = str(source)
   if not source:
     raise UserError('the weights: a file, a folder or hf:NAME is needed')
@@ -128,8 +140,13 @@ def load(
     model,
     architecture.num_classes(layout, file.shapes),
   )
-  notes = []
+  notes = [file.note] if file.note else []
   names = ()
+  if not model and architecture.is_guess(found):
+    notes.append(
+      'no model of these sizes is known: heads of 64 channels, and keys and values with stride 2, '
+      'are taken; model=... says otherwise'
+    )
   if found.num_classes == 1000:
     names = tuple(description.imagenet_classes().values())
     notes.append('1000 classes and no names: they are taken for those of ImageNet-1k')
@@ -200,8 +217,8 @@ def load_pretrained(
   Args:
     source: a .pth or .safetensors file of the authors' code, of vit-pytorch, of SHI-Labs' compact
       transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
-      'hf:NAME' (downloaded by huggingface_hub), a run folder: its best checkpoint, or a name of
-      `list_pretrained()`.
+      'hf:NAME' or 'hf:NAME@REVISION' (downloaded by huggingface_hub), a run folder: its best
+      checkpoint, or a name of `list_pretrained()`.
     model: a name of `list_models()`, or a model, where the weights do not say it themselves.
     activation: 'quick_gelu' or 'gelu' in place of the model's own. Hugging Face computes 'gelu'.
 
@@ -224,6 +241,10 @@ def save_pretrained(
 ) -> None:
   """Writes model.safetensors, config.json and preprocessor_config.json to a new folder.
 
+      weights = load_weights('CvT-13-384x384-IN-1k.pth')
+      known = weights.description
+      save_pretrained('tuned/', weights.model, tuned, known.class_names, known.preprocessing)
+
   Args:
     folder: to be made; the three appear in it together.
     model: the network.
@@ -239,7 +260,8 @@ def save_pretrained(
     compact_size = isinstance(model, CompactViT) and model.image_size
     preprocessing = Preprocessing(compact_size or Preprocessing.image_size)
   known = Description(model, tuple(class_names), preprocessing)
-  write(Weights(known, dict(variables), FLAX, 'the tree of variables'), pathlib.Path(folder), FLAX)
+  weights = Weights(known, dict(variables), FLAX, 'the tree of variables')
+  write(weights, storage.path_of(folder), FLAX)
 
 
 def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
@@ -428,19 +450,21 @@ def _joined(leaves):
 
 
 def _download(name: str) -> pathlib.Path:
-  """Returns the folder of a model of Hugging Face, fetched or from its cache."""
+  """Returns the folder of a model of Hugging Face, NAME or NAME@REVISION, fetched or cached."""
   try:
     import huggingface_hub
     from huggingface_hub import errors
   except ImportError as e:
     raise UserError(f'hf:{name} needs a package: pip install huggingface_hub') from e
+  repository, _, revision = name.partition('@')
   found = None
   try:
     for file in (_CONFIG, _PREPROCESSOR, _SAFETENSORS, _BIN):
       if file == _BIN and (found / _SAFETENSORS).is_file():
         break
       try:
-        found = pathlib.Path(huggingface_hub.hf_hub_download(name, file)).parent
+        path = huggingface_hub.hf_hub_download(repository, file, revision=revision or None)
+        found = pathlib.Path(path).parent
       except errors.LocalEntryNotFoundError:  # not in the cache, and out of reach
         raise
       except errors.EntryNotFoundError:  # there, and without such a file

@@ -235,5 +235,17 @@ def test_the_digest_tells_what_is_listed(tmp_path):
   assert len(others | {first}) == 6
 
 
+@pytest.mark.parametrize(
+  ('again', 'kinds'),
+  [('2.png,b,train', 'in train and in train'), ('./2.png,b,test', 'in train and in test')],
+)
+def test_a_file_is_listed_once(tmp_path, again, kinds):
+  rows = ['1.png,a,train', 'x/../2.png,b,train', '3.png,b,test']
+  source = write(tmp_path / 'x.csv', 'path,label,split', *rows)
+  assert len(sources.load(source, holdout=0).train) == 2
+  source = write(tmp_path / 'x.csv', 'path,label,split', *rows, again)
+  assert f'x.csv lists {tmp_path}/x/../2.png twice, {kinds}: ' in error_of(source)
+
+
 def test_no_file_is_named():
   assert error_of('csv:') == "source 'csv:' names no file: csv:FILE is needed"

@@ -199,6 +199,11 @@ def test_resize_and_crop_is_torchvisions(height, width, size, crop_ratio, resize
   np.testing.assert_array_equal(result, whole[top : top + size, left : left + size])
 
 
+def test_programs_may_allow_images_of_any_size(monkeypatch):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+  assert images.prepare(encoded(Image.fromarray(picture(8, 9))), '', 4, 1.0).shape == (4, 4, 3)
+
+
 def test_default_crop_ratio_is_the_official_one():
   image = Image.fromarray(picture(40, 50))
   np.testing.assert_array_equal(

@@ -170,10 +170,19 @@ def test_at_most_5000_are_held_out():
   assert len(data.train) == 55_000
 
 
-def test_quotas_go_by_the_largest_remainder():
+def test_shares_are_rounded_up_as_often_as_their_fractions_say():
   labels = np.repeat([0, 1, 2], [50, 33, 17])
-  chosen = sources.stratified_choice(labels, 10, seed=0)  # shares 5.0, 3.3, 1.7
-  assert np.bincount(labels[chosen]).tolist() == [5, 3, 2]
+  quotas = [np.bincount(labels[sources.stratified_choice(labels, 10, s)]) for s in range(300)]
+  assert {tuple(quota) for quota in quotas} == {(5, 3, 2), (5, 4, 1)}  # of 5.0, 3.3 and 1.7
+  np.testing.assert_allclose(np.mean(quotas, axis=0), [5.0, 3.3, 1.7], atol=0.1)
+
+
+def test_which_classes_give_one_is_drawn():
+  """Of 100 classes of 4 images, 40 give one: not those that come first, nor always the same."""
+  labels = np.repeat(np.arange(100), 4)
+  given = [set(labels[sources.stratified_choice(labels, 40, seed)]) for seed in range(50)]
+  assert all(len(classes) == 40 for classes in given)
+  assert len(set.union(*given)) == 100
 
 
 def test_a_class_of_one_image_keeps_it():

@@ -92,11 +92,34 @@ def test_by_default_training_takes_a_process_a_core_and_evaluation_threads(split
 
   monkeypatch.setattr(stream, '_batches', batches)
   monkeypatch.setattr(stream, '_workers', WORKERS)
-  for cores in (1, 2, 4, 8):
-    monkeypatch.setattr(stream, '_cores', lambda cores=cores: cores)
-    train(split)
-    stream.eval_batches(split, 6, 1.0, BATCH, stream.Reading())
-  assert taken == [0, 0, 2, 0, 4, 0, 8, 8]
+  for in_memory in (False, True):
+    monkeypatch.setattr(ArraySplit, 'in_memory', in_memory)
+    for cores in (1, 2, 4, 8):
+      monkeypatch.setattr(stream.machine, 'cores', lambda cores=cores: cores)
+      train(split)
+      stream.eval_batches(split, 6, 1.0, BATCH, stream.Reading())
+  assert taken == [0, 0, 2, 0, 4, 0, 8, 8] + [0] * 8
+
+
+def test_no_more_processes_than_there_is_to_do(split, monkeypatch):
+  taken = []
+
+  def from_processes(pieces, workers):
+    taken.append(workers)
+    yield from ()
+
+  monkeypatch.setattr(stream, '_from_processes', from_processes)
+  evaluation(split, workers=7)  # 45 images and 3 to fill up, in pieces of 32
+  train(split, start=11, workers=7)  # 8 images
+  assert taken == [2, 1]
+
+
+def test_a_process_that_ends_is_told_from_what_it_read():
+  with pytest.raises(UserError, match='ended with exit code -9: the memory, or that of /dev/shm'):
+    with stream._told_of_an_end(4, ':'):
+      raise RuntimeError('Worker process was terminated unexpectedly with exit code -9 ...')
+  with pytest.raises(RuntimeError, match='UNAVAILABLE'), stream._told_of_an_end(4, ':'):
+    raise RuntimeError('UNAVAILABLE: the store does not answer')
 
 
 @pytest.mark.parametrize('workers', [1, 3])

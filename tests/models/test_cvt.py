@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from cvt_flax import CvT, create_model
+from cvt_flax import CompactViT, CvT, create_model
 from cvt_flax.models.options import resolve
 from tests.models.torch_weights import assert_close, draw, drawn_variables, quick_jit, to_official
 
@@ -349,3 +349,66 @@ def test_initial_class_token_and_statistics():
   assert 0.7 * 0.02 < np.std(token) < 1.3 * 0.02
   for name, value in flat(nano()['batch_stats']).items():
     np.testing.assert_array_equal(value, {'mean': 0, 'var': 1}[name.rpartition('/')[2]], name)
+
+
+def loss_of(model, train):
+  def loss(params, batch_stats):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    logits, _ = model.apply(variables, images(), train=train, mutable=['batch_stats'])
+    return jnp.sum(jnp.sin(logits) * jnp.arange(1, 6))
+
+  return loss
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_forward_over_reverse_is_reverse_over_reverse(train):
+  """Hessian-vector products, in the two ways that JAX has."""
+  model, drawn = CvT(**CONFIGS['official']), variables('official')
+  params, stats = drawn['params'], drawn['batch_stats']
+  direction = jax.tree.map(lambda x: draw('direction', x.shape), params)
+  gradient = jax.grad(loss_of(model, train))
+
+  @quick_jit
+  def forward(params, stats):
+    return jax.jvp(lambda p: gradient(p, stats), (params,), (direction,))[1]
+
+  @quick_jit
+  def reverse(params, stats):
+    along = lambda p: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(p, stats), direction)))  # noqa: E731
+    return jax.grad(along)(params)
+
+  found, expected = forward(params, stats), reverse(params, stats)
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert jnp.abs(a - b).max() <= 1e-4 * scale
+
+
+def test_parameters_are_float32_where_jax_has_64_bits():
+  with jax.enable_x64(True):
+    model = CvT(**CONFIGS['official'])
+    made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    assert {x.dtype for x in jax.tree.leaves(made)} == {jnp.dtype('float32')}
+    gradient = jax.eval_shape(jax.grad(loss_of(model, True)), made['params'], made['batch_stats'])
+    assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype('float32')}
+
+
+def test_parameters_may_be_made_bfloat16():
+  model, drawn = CvT(**CONFIGS['official']), variables('official')
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), drawn['params'])
+  gradient = jax.eval_shape(jax.grad(loss_of(model, True)), params, drawn['batch_stats'])
+  assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype('bfloat16')}
+
+
+@pytest.mark.parametrize('name', ['official', 'mean'])
+def test_no_images(name):
+  model, drawn = CvT(**CONFIGS[name]), variables(name)
+  assert model.apply(drawn, images()[:0]).shape == (0, 5)
+  with pytest.raises(ValueError, match='batch normalisation of no images'):
+    model.apply(drawn, images()[:0], train=True, mutable=['batch_stats'])
+
+
+@pytest.mark.parametrize('make', [lambda: CvT(**TINY), CompactViT])
+@pytest.mark.parametrize('shape', [(32, 32, 3), (1, 32, 32, 1)])
+def test_what_is_no_batch_of_colour_images(make, shape):
+  with pytest.raises(ValueError, match=r'in_channels=3: images \[b h w 3\] are needed'):
+    make().init(jax.random.key(0), jnp.zeros(shape))

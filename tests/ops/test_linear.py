@@ -39,6 +39,22 @@ def test_value_and_gradients(rows):
   close(dkernel, kernel_gradient(x, g))
 
 
+def test_hessian_vector_products():
+  """Forward over reverse mode, which takes no custom gradient inside of the gradient."""
+  x, kernel, v = inputs((2, 9))[0], *(inputs((2, 9))[1] * scale for scale in (1, 0.5))
+
+  def loss(kernel):
+    return jnp.sum(jnp.sin(linear(x, kernel)))
+
+  def plain(kernel):
+    return jnp.sum(jnp.sin(x @ kernel))
+
+  def product(f):
+    return jax.jvp(jax.grad(f), (kernel,), (v,))[1]
+
+  close(product(loss), product(plain))
+
+
 ROWS = [(), (1,), (6,), (2, 9), (9, 9), (2, 16), (2, 3, 4)]
 
 

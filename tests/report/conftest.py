@@ -21,7 +21,7 @@ def make_run(tmp_path):
     folder.mkdir(parents=True)
     made = get_config()
     made.update(dict(name='made', source='npz:gone.npz', seed=seed) | changes)
-    record = {'config': made.to_dict(), 'class_names': names, 'data': ''}
+    record = {'config': made.to_dict(), 'class_names': names, 'data': '', 'decoded': ''}
     record['hardware'] = {'devices': ['cpu'], 'versions': {'jax': '0'}}
     (folder / 'experiment.json').write_text(json.dumps(record))
     lines = [{'step': 5, 'epoch': 0.5, 'train/loss': 2.0 - seed / 9, 'train/learning_rate': 0.1}]

@@ -35,6 +35,9 @@ def test_a_damaged_file_is_told(tmp_path):
   path.write_bytes(path.read_bytes()[:-30])
   with pytest.raises(UserError, match='p.npz is damaged'):
     predictions.read(path)
+  path.write_bytes(b'')
+  with pytest.raises(UserError, match='p.npz is damaged'):
+    predictions.read(path)
   np.savez(path, split='test', step=1, index=[1])
   with pytest.raises(UserError, match='p.npz is damaged'):
     predictions.read(path)

@@ -202,6 +202,12 @@ def test_a_seventh_line_is_no_first(make_run):
   assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 14
 
 
+def test_a_name_may_begin_with_anything():
+  drawn = [figures.Line('_a', [0, 1], [0, 1], 0), figures.Line('', [0, 1], [1, 2], 1)]
+  (axes,) = figures.lines(figures.LIGHT, drawn).axes
+  assert [text.get_text() for text in axes.get_legend().get_texts()] == ['_a']
+
+
 def test_runs_of_two_configs_in_one_folder_are_refused(make_run, tmp_path):
   make_run('a/seed-0')
   make_run('a/seed-1', seed=1, learning_rate=0.5)
@@ -233,7 +239,7 @@ def test_seeds_are_one_config(make_run, tmp_path):
   assert 'a test top-1 85.00% 6.01% 80.00% 91.67% 3' in words  # of 48, 50 and 55 of 60
   both = ' '.join(Page(write_report([tmp_path / 'a', tmp_path / 'b'])).words.split())
   # Differences of 3, 4, 5 images of 60: t = -4 / (1 / sqrt(3)), 2 degrees of freedom.
-  assert 'b less a test top-1 -6.67% 0.0202 3' in both
+  assert 'b less a test top-1 -6.67 points 0.0202 3' in both
   assert 'b against a 2 0 5 0.0625 60' in both
   assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
 
@@ -244,7 +250,7 @@ def test_a_paired_test_that_says_nothing_says_why(make_run, tmp_path):
     make_run(f'b/seed-{seed}', seed=seed, hits=46 + seed)
     make_run(f'c/seed-{seed + 1}', seed=seed + 1, hits=50 + seed)
   words = Page(write_report([tmp_path / name for name in 'abc'])).words
-  assert 'b less a test top-1 +10.00% – 2' in ' '.join(words.split())
+  assert 'b less a test top-1 +10.00 points – 2' in ' '.join(words.split())
   apart = 'Too few seeds in common for a paired test, of which two are the least: c and a, c and b.'
   assert apart in ' '.join(words.split())
 

@@ -124,6 +124,12 @@ def element(kind):
   return kind.__args__[0] if hasattr(kind, '__args__') else kind
 
 
+def test_what_is_scored_besides_counts_for_keys_of_sources():
+  sets = {'source': 'npz:x.npz', 'eval.sets': ('tfds:imagenet_v2',)}
+  config = freeze(config_with(sets | {'data_dir': '/data', 'skip_unreadable': True}))
+  assert config.data_dir == '/data' and config.skip_unreadable
+
+
 def refused(changes):
   """Returns the message with which freeze refuses the changes."""
   with pytest.raises(UserError) as error:

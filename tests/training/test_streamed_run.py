@@ -13,8 +13,11 @@ import time
 import numpy as np
 import pytest
 
+from cvt_flax.data import sources
 from cvt_flax.errors import UserError
 from cvt_flax.training import loop
+from cvt_flax.training.config import freeze
+from cvt_flax.training.engines import Streaming
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.training.sharding import make_mesh, prefetch, split_batch
 
@@ -81,7 +84,13 @@ def test_a_run_may_be_given_in_steps(streamed, tmp_path, capsys):
   assert lines[-1]['step'] == 7 and lines[-1]['epoch'] == pytest.approx(1.4)
   told = '1.4 epochs of 5 steps; an epoch leaves out 6 images, a smaller batch_size fewer'
   assert 'test/top1' in result and told in capsys.readouterr().out
-  streamed.optimizer.warmup_epochs = 1.5
+  streamed.steps = 6
+  with pytest.raises(UserError, match='steps=6: .* was started with 7, which can only be raised'):
+    loop.run(streamed, tmp_path / 'run')
+  streamed.steps = 8
+  loop.run(streamed, tmp_path / 'run')
+  assert read_metrics(tmp_path / 'run' / 'metrics.jsonl')[-1]['step'] == 8
+  streamed.steps, streamed.optimizer.warmup_epochs = 7, 1.5
   with pytest.raises(UserError, match=r'warmup_epochs goes up to epoch 1.5, but steps=7 are 1.40'):
     loop.run(streamed, tmp_path / 'other')
   assert not (tmp_path / 'other').exists()
@@ -105,6 +114,30 @@ def test_an_unreadable_picture(streamed, pictures, tmp_path, capsys, engine):
   assert result['test/images'] == 23
   printed = capsys.readouterr().out
   assert printed.count('left out') == 2  # not once more in every epoch
+
+
+def test_a_disk_that_is_gone_is_not_trained_on(streamed, pictures, tmp_path):
+  copy = shutil.copytree(pictures, tmp_path / 'tiny')
+  streamed.source, streamed.skip_unreadable = f'folder:{copy}', True
+  engine = Streaming(freeze(streamed), make_mesh(1, 1))
+  feed = engine.feed_training(sources.load(streamed.source).train, 0, 5)
+  shutil.rmtree(copy)
+  with pytest.raises(UserError, match='none of the 16 images of a batch can be read'):
+    list(feed)
+
+
+@pytest.mark.parametrize('engine', ['resident', 'stream'])
+def test_a_picture_that_is_renamed_is_refused(streamed, pictures, tmp_path, engine):
+  """Others would then be held out, at the same places."""
+  copy = shutil.copytree(pictures, tmp_path / 'tiny')
+  streamed.source, streamed.epochs, streamed.engine = f'folder:{copy}', 2, engine
+  if engine == 'resident':
+    streamed.augment.crop_scale, streamed.augment.rand_augment = (), ''
+  loop.run(streamed, tmp_path / 'run')
+  (copy / 'train/dark/0.png').rename(copy / 'train/dark/zero.png')
+  for mode in ('train', 'eval'):
+    with pytest.raises(UserError, match='the images of .* have changed since the run'):
+      loop.run(streamed, tmp_path / 'run', mode=mode)
 
 
 # Evaluation sets.

@@ -102,11 +102,27 @@ def test_the_authors_checkpoint_has_a_model_name(save, state):
 
 
 @pytest.mark.parametrize(
-  'prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.']
+  'prefix', ['module.', '_orig_mod.', 'model.', 'module._orig_mod.', '_orig_mod.module.']
 )
 def test_prefixes_of_wrappers(prefix, save, state):
   wrapped = {prefix + name: tensor for name, tensor in state.items()}
   assert_holds_tensors(files.open_tensors(save(wrapped)))
+
+
+@pytest.mark.parametrize('prefix', ['module.', 'model.', 'module._orig_mod.'])
+def test_prefixes_in_safetensors(prefix, tmp_path):
+  wrapped = {prefix + name: tensor for name, tensor in TENSORS.items()}
+  files.write_safetensors(tmp_path / 'w.safetensors', wrapped, {})
+  assert_holds_tensors(files.open_tensors(tmp_path / 'w.safetensors'))
+
+
+@pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema', 'ema'])
+def test_averages_are_taken_and_told(key, save, state):
+  raw = {name: 0 * tensor for name, tensor in state.items()}
+  for others in ({'state_dict': raw, 'model': 'cvt'}, {}):
+    file = files.open_tensors(save(others | {key: state}))
+    assert_holds_tensors(file)
+    assert file.note == f'its averages, {key!r}, are taken'
 
 
 def test_a_prefix_of_some_is_part_of_their_names(save, state):
@@ -307,6 +323,12 @@ def test_nothing_is_written_over(tmp_path):
   with pytest.raises(UserError, match='w exists'), files.new_path(tmp_path / 'w'):
     pass
   assert (tmp_path / 'w').read_text() == 'mine'
+
+
+def test_an_object_store_is_not_written_to_as_a_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match='gs://bucket/weights: a place on this machine is needed'):
+    files.check_new('gs://bucket/weights')
 
 
 def test_an_empty_folder_is_filled(tmp_path):

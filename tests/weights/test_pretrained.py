@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvt_flax import CvT, load_pretrained, save_pretrained
+from cvt_flax import CvT, load_pretrained, load_weights, save_pretrained
 from cvt_flax.errors import UserError
 from cvt_flax.models.options import resolve
 from cvt_flax.weights import description, files, pretrained
@@ -96,7 +96,9 @@ def test_files_of_pytorch(layout, tmp_path):
   assert weights.kind == layout.name
   assert weights.description.preprocessing == Preprocessing(384, 0.0)
   assert weights.description.class_names == ()  # five: not ImageNet's
-  assert weights.notes == ()
+  (note,) = weights.notes
+  assert note.startswith('no model of these sizes is known: heads of 64 channels, and keys')
+  assert pretrained.load(path, model=weights.model).notes == ()
 
 
 def test_a_thousand_classes_are_imagenets(tmp_path):
@@ -110,10 +112,10 @@ def test_a_thousand_classes_are_imagenets(tmp_path):
   )
   assert weights.description.class_names[-1] == 'toilet tissue, toilet paper, bathroom tissue'
   assert weights.description.preprocessing == Preprocessing(224, 0.875)
-  assert len(weights.notes) == 2
+  assert len(weights.notes) == 3  # its sizes, its names, its images
   with pytest.warns(UserWarning) as caught:
     load_pretrained(tmp_path / 'w')
-  assert len(caught) == 2
+  assert len(caught) == 3
 
 
 def test_hugging_face_computes_gelu(huggingface):
@@ -316,6 +318,38 @@ def test_nothing_there(tmp_path):
     pretrained.load(tmp_path / 'empti')
 
 
+def test_what_is_no_place_of_weights(folder):
+  with pytest.raises(
+    UserError, match='the weights are a tuple: a path, a name, or what'
+  ):
+    pretrained.load(load_pretrained(folder))
+
+
+def test_all_that_is_known_goes_along(folder, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  weights = load_weights(folder)
+  known = weights.description
+  save_pretrained('~/again', known.model, weights.variables, known.class_names, known.preprocessing)
+  assert load_weights(tmp_path / 'again').description == known
+
+
+def test_numbers_of_numpy_are_kept(tmp_path):
+  model = CvT(**SMALL | dict(num_classes=np.int64(5), mlp_ratios=tuple(np.float32([1, 1.5, 1]))))
+  save_pretrained(tmp_path / 'w', model, drawn_variables(OFFICIAL_MODEL))
+  assert load_weights(tmp_path / 'w').model == OFFICIAL_MODEL
+
+
+@pytest.mark.parametrize('name', ['\u0645\u06cc\u200c\u062e\u0648', 'a\xa0b', '\u72ac\u3000\u732b'])
+def test_names_of_all_languages_are_printable(name):
+  assert Description(OFFICIAL_MODEL, (name,) * 5, STEPS).class_names[0] == name
+
+
+@pytest.mark.parametrize('name', ['a\nb', 'a\u2028', '\u202egnp.x', '\udcff', '\x7f'])
+def test_names_that_break_a_line_are_refused(name):
+  with pytest.raises(UserError, match='printable text is needed'):
+    Description(OFFICIAL_MODEL, (name,) * 5, STEPS)
+
+
 def test_a_folder_is_not_written_over(folder, variables):
   with pytest.raises(UserError, match='exists'):
     save_pretrained(folder, OFFICIAL_MODEL, variables)
@@ -345,6 +379,9 @@ def test_preprocessing_that_transformers_does_not_have(size, crop, tmp_path):
 def test_sizes_of_old_and_new_image_processors(size, huggingface):
   change(huggingface / 'preprocessor_config.json', size=size, squash=None)
   assert pretrained.load(huggingface).description.preprocessing == Preprocessing(96, 0.875)
+  config = json.loads((huggingface / 'preprocessor_config.json').read_text()) | {'crop_pct': None}
+  (huggingface / 'preprocessor_config.json').write_text(json.dumps(config))
+  assert pretrained.load(huggingface).description.preprocessing == Preprocessing(96, 0.875)
   change(huggingface / 'preprocessor_config.json', size={'shortest_edge': 384})
   assert pretrained.load(huggingface).description.preprocessing == Preprocessing(384, 0.0)
 
@@ -367,7 +404,8 @@ class Hub(types.ModuleType):
     super().__init__('huggingface_hub')
     self.folder, self.fetched, self.out_of_reach = folder, [], ''
 
-  def hf_hub_download(self, name, file):
+  def hf_hub_download(self, name, file, revision):
+    self.revision = revision
     if name != 'someone/cvt':
       raise self.errors.RepositoryNotFoundError(f'404: no {name}')
     if file == self.out_of_reach:
@@ -388,6 +426,9 @@ def hub(huggingface, monkeypatch):
 def test_from_the_hub(hub):
   assert pretrained.load('hf:someone/cvt').kind == 'huggingface'
   assert hub.fetched == ['config.json', 'preprocessor_config.json', 'model.safetensors']
+  assert hub.revision is None
+  pretrained.load('hf:someone/cvt@1234abc')
+  assert hub.revision == '1234abc'
 
 
 def test_from_the_hub_without_safetensors(hub, peer):

@@ -1,0 +1,62 @@
+"""What of the machine this process may use: cores and memory, as its container limits them."""
+
+import math
+import os
+import pathlib
+
+_CGROUPS = pathlib.Path('/sys/fs/cgroup')  # version 2, as containers have it
+_OWN_CGROUP = pathlib.Path('/proc/self/cgroup')
+
+
+def cores() -> int:
+  """Returns how many cores this process may use, at least 1."""
+  affine = getattr(os, 'sched_getaffinity', None)
+  found = len(affine(0)) if affine else os.cpu_count() or 1
+  for folder in _cgroups():
+    quota, _, period = _read(folder / 'cpu.max').partition(' ')  # 'max 100000' without a limit
+    if quota.isdigit():
+      found = min(found, math.ceil(int(quota) / int(period)))
+  return found
+
+
+def available_memory() -> float:
+  """Returns the bytes of memory that can be had without swapping; where unknown, infinity."""
+  return min([_of_machine(), *map(_left_in, _cgroups())])
+
+
+def _of_machine():
+  try:
+    with open('/proc/meminfo') as file:
+      sizes = dict(line.split(':') for line in file)
+    return int(sizes['MemAvailable'].split()[0]) * 1024
+  except (OSError, KeyError):  # not Linux
+    try:
+      return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError):  # Windows has no sysconf
+      return math.inf
+
+
+def _left_in(folder):
+  """Returns what a control group may still take; what files have in its memory can be dropped."""
+  limit, used = _read(folder / 'memory.max'), _read(folder / 'memory.current')
+  if not (limit.isdigit() and used.isdigit()):
+    return math.inf
+  kept = dict(line.split() for line in _read(folder / 'memory.stat').splitlines())
+  return int(limit) - int(used) + int(kept.get('inactive_file', 0))
+
+
+def _cgroups():
+  """Returns the control group of this process and those above it, whose limits hold as well."""
+  lines = _read(_OWN_CGROUP).splitlines()
+  own = next((line[3:] for line in lines if line.startswith('0::')), None)
+  if own is None:
+    return []
+  folder = _CGROUPS / own.strip('/')
+  return [f for f in (folder, *folder.parents) if f.is_relative_to(_CGROUPS)]
+
+
+def _read(path):
+  try:
+    return path.read_text().strip()
+  except OSError:
+    return ''
