@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from cvt_flax.data import augment, dataset, resident, stream
@@ -61,7 +62,7 @@ class Resident:
 
   def decoded(self, arrays: resident.Arrays) -> str:
     """Returns a digest of which images could be decoded: their places in the order of the split."""
-    return dataset.sha256([arrays.index])
+    return dataset.sha256([np.asarray(arrays.index)])
 
   def feed_training(
     self, arrays: resident.Arrays, start: int, stop: int

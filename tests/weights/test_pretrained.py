@@ -319,9 +319,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_what_is_no_place_of_weights(folder):
-  with pytest.raises(
-    UserError, match='the weights are a tuple: a path, a name, or what'
-  ):
+  with pytest.raises(UserError, match='the weights are a tuple: a path, a name, or what'):
     pretrained.load(load_pretrained(folder))
 
 
