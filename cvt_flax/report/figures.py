@@ -100,7 +100,8 @@ def draw_lines(axes: Axes, theme: Theme, drawn: Sequence[Line], percent: bool = 
     again, color = divmod(line.color, len(theme.lines))
     if line.style != 'star':
       style['linestyle'] = _DASHES[again % len(_DASHES)]
-    (plotted,) = axes.plot(line.x, line.y, color=theme.lines[color], **style)
+    label = line.label or '_'
+    (plotted,) = axes.plot(line.x, line.y, color=theme.lines[color], label=label, **style)
     if line.label:
       shown[line.label] = plotted
   if percent:

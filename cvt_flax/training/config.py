@@ -340,7 +340,9 @@ class TrainConfig:
   )
   data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=_TFDS)
   skip_unreadable: bool = key(
-    False, 'leave out images that cannot be decoded, and count them', used=_ENCODED
+    False,
+    'leave out images that cannot be decoded, and say which (of several hosts, those of the first)',
+    used=_ENCODED,
   )
   image_size: int = key(224, 'height and width, in pixels', low=1)
   crop_ratio: float = key(
