@@ -13,8 +13,14 @@ _MOMENTARY = (
   errno.EHOSTUNREACH,
   errno.ENOTCONN,
 )
-# What libraries make of these, and of a store that does not answer (gRPC's codes).
-_MOMENTARY_WORDS = (*map(os.strerror, _MOMENTARY), 'UNAVAILABLE', 'DEADLINE_EXCEEDED')
+# What libraries make of these, of a store that does not answer (gRPC's codes), and of a process
+# that is killed (Grain's).
+_MOMENTARY_WORDS = (
+  *map(os.strerror, _MOMENTARY),
+  'UNAVAILABLE',
+  'DEADLINE_EXCEEDED',
+  'terminated unexpectedly with exit code -',
+)
 
 
 class UserError(Exception):
@@ -56,7 +62,7 @@ def nearest(word: str, allowed: Iterable[str], shown: Mapping[str, str] | None =
 
 
 def is_momentary(error: BaseException | None) -> bool:
-  """Whether an error is of a file system over a network that does not answer.
+  """Whether an error is of a file system that does not answer, or of a process that was killed.
 
   Another try may not meet it: the input is not to blame, and a run goes on from its checkpoint.
   """

@@ -7,7 +7,6 @@ shows by itself (`%matplotlib inline`). IPython is imported by `LiveCurves` alon
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import time
 import zipfile
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Polygon
 from PIL import Image
 
-from cvt_flax.data import images
+from cvt_flax.data import images, machine
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.geometry import StageGeometry, multiply_adds, stage_geometry
@@ -65,7 +64,7 @@ def describe_devices() -> str:
       'a size for it.'
     )
   lines = [
-    f'jax {jax.__version__} computes on the CPU, {os.cpu_count()} cores. All below works, with a '
+    f'jax {jax.__version__} computes on the CPU, {machine.cores()} cores. All below works, with a '
     'smaller network to train.'
   ]
   lines.append(unused_accelerator() or 'On Colab: Runtime > Change runtime type > a TPU or a GPU.')
@@ -189,7 +188,7 @@ def draw_attention(
   single key is left out: that gets all attention there is.
 
   Args:
-    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    weights: what `load_pretrained` takes, or what `load_weights` returned.
     paths: of pictures.
 
   Raises:

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import glob
 import json
-import os
 import pathlib
 import sys
 import typing
@@ -164,8 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
   if options.csv == '':
     raise UserError('--csv=: the name of a file is needed')
   if options.csv:
-    options.csv = os.path.expanduser(options.csv)  # a shell leaves the ~ of --csv=~/a.csv
-    files.check_new(pathlib.Path(options.csv))
+    options.csv = files.local_path(options.csv)
+    files.check_new(options.csv)
   _check(options.images, options.top, options.image_size, options.batch_size)
   weights = pretrained.load(options.weights)
   for note in weights.notes:  # not on the standard output, which may be read by a program
@@ -174,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights, options.images, options.top, options.image_size, options.batch_size
   )
   if options.csv:
-    _write_csv(pathlib.Path(options.csv), predictions)
+    _write_csv(options.csv, predictions)
     return
   show = _show_json if options.json else _show_table
   for prediction in predictions:

@@ -102,7 +102,7 @@ while true; do
       exit "$code"
     fi
   done
-  # 1: an error that another try may not meet; docker's own: it did not start, or the image is not of ours.
+  # 1: an error after which another try may succeed; docker's own: it did not start, or the image is not of ours.
   if ((SECONDS - began < 3600)) && grep -qE '^train.py ended with (1|125|126|127)$' "$said"; then
     errors=$((errors + 1))
   else

@@ -3,6 +3,7 @@
 import array
 import csv
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ def load_csv(file: str) -> Dataset:
   if not file:
     raise UserError("source 'csv:' names no file: csv:FILE is needed")
   path = os.path.expanduser(file)
+  folder = os.path.dirname(path)
   splits, first_lines = {}, {}  # _Rows of each split; the line where a class is first seen
   try:
     # The mark that spreadsheets put in front is skipped, and names that are not UTF-8 are kept.
@@ -38,7 +40,7 @@ def load_csv(file: str) -> Dataset:
       for line, name, label, kind in _records(path, lines):
         rows = splits.setdefault(kind, _Rows())
         rows.names.extend([name])
-        rows.digests.append(_digest(name))
+        rows.digests.append(_digest(os.path.join(folder, name)))
         rows.classes.append(numbers.setdefault(label, len(numbers)))
         first_lines.setdefault(label, line)
   except OSError as error:
@@ -48,7 +50,6 @@ def load_csv(file: str) -> Dataset:
   class_names = _sorted_classes(numbers)
   label_of = np.empty(len(numbers), np.int32)
   label_of[[numbers[name] for name in class_names]] = np.arange(len(numbers))
-  folder = os.path.dirname(path)
   found = {
     kind: FileSplit(
       f'{path} {kind}', folder, splits[kind].names.finish(), label_of[splits[kind].classes]
@@ -56,10 +57,13 @@ def load_csv(file: str) -> Dataset:
     for kind in SPLIT_NAMES
     if kind in splits
   }
-  _check_once(path, found, [splits[kind].digests for kind in found])
+  digests = [np.frombuffer(splits[kind].digests, np.uint64) for kind in found]
+  _check_apart(path, found, digests)
   if 'train' in found:
     _check_classes(path, class_names, found['train'].labels, first_lines)
-  return Dataset(pathlib.Path(path).stem, class_names, **found)
+  train = digests[0] if 'train' in found else np.zeros(0)
+  repeats = len(train) - len(np.unique(train))
+  return Dataset(pathlib.Path(path).stem, class_names, **found, repeats=repeats)
 
 
 def _records(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str, str, str]]:
@@ -95,25 +99,19 @@ def _records(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str, str, s
     raise UserError(f'{path} line {reader.line_num} is not CSV: {error}') from error
 
 
-def _digest(name: str) -> int:
-  plain = os.fsencode(os.path.normpath(name))
+def _digest(file: str) -> int:
+  plain = os.fsencode(os.path.normpath(file))
   return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), 'little')
 
 
-def _check_once(path: str, splits: dict[str, FileSplit], digests: Sequence[array.array]) -> None:
-  """Each file is listed once: of two lines, one might be trained on and the other evaluated."""
-  together = np.concatenate([np.frombuffer(each, np.uint64) for each in digests])
-  order = np.argsort(together, kind='stable')
-  again = np.flatnonzero(together[order[1:]] == together[order[:-1]])
-  if again.size:
-    kinds = np.repeat(list(splits), [len(split) for split in splits.values()])
-    where = np.concatenate([np.arange(len(split)) for split in splits.values()])
-    first, second = order[again[0]], order[again[0] + 1]
-    raise UserError(
-      f'{path} lists {splits[kinds[first]].path(where[first])} twice, in {kinds[first]} and in '
-      f'{kinds[second]}: an image may be in one split alone, once (class_weights makes a class '
-      'count more)'
-    )
+def _check_apart(path: str, splits: dict[str, FileSplit], digests: Sequence[np.ndarray]) -> None:
+  """No file is in two splits: it would be trained on and evaluated."""
+  pairs = itertools.combinations(zip(splits.items(), digests, strict=True), 2)
+  for ((a, split), first), ((b, _), second) in pairs:
+    both = np.intersect1d(first, second)
+    if both.size:
+      name = split.path(int(np.flatnonzero(first == both[0])[0]))
+      raise UserError(f'{path} lists {name} in {a} and in {b}: an image may be in one split alone')
 
 
 def _columns(path: str, header: Sequence[str]) -> list[int | None]:

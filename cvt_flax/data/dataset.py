@@ -96,6 +96,7 @@ class Dataset:
     held_out: int32, sorted: where in the source's own train split the validation images are.
       Empty when the source brings a validation split of its own, or nothing is held out.
     held_out_test: likewise, where the test images are.
+    repeats: how many places of train hold an image that another one holds, as far as that is known.
   """
 
   name: str
@@ -105,6 +106,7 @@ class Dataset:
   test: Split | None = None
   held_out: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
   held_out_test: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  repeats: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -31,6 +31,14 @@ _OF_THE_FILE = {
 }
 
 
+def _holds_something(folder: str) -> bool:
+  try:
+    with os.scandir(folder) as entries:
+      return any(True for _ in entries)
+  except OSError:
+    return False
+
+
 def allow_open_files() -> None:
   """Raises the number of files that this process, and those it starts, may have open.
 
@@ -103,8 +111,12 @@ class FileSplit(Split):
     try:
       data = pathlib.Path(path).read_bytes()
     except OSError as error:
-      if error.errno in _OF_THE_FILE:
+      # Of all images, as when a disk is not there any more.
+      is_gone = error.errno == errno.ENOENT and self.root and not _holds_something(self.root)
+      if error.errno in _OF_THE_FILE and not is_gone:
         return Example(error, int(self.labels[index]), index, path)
+      if is_gone:
+        raise OSError(errno.EIO, 'the folder is gone, or empty', self.root) from error
       error.filename = path  # reading, in place of opening, names none
       raise
     return Example(data, int(self.labels[index]), index, path)

@@ -1,11 +1,16 @@
-"""What of the machine this process may use: cores and memory, as its container limits them."""
+"""What of the machine this process may use: cores and memory, as its container limits them.
+
+Containers do so by control groups; their version 2 is read.
+"""
 
 import math
 import os
 import pathlib
 
-_CGROUPS = pathlib.Path('/sys/fs/cgroup')  # version 2, as containers have it
+_CGROUPS = pathlib.Path('/sys/fs/cgroup')
 _OWN_CGROUP = pathlib.Path('/proc/self/cgroup')
+# What the kernel drops when memory is short; MemAvailable of the whole machine counts it, too.
+_RECLAIMABLE = ('inactive_file', 'active_file', 'slab_reclaimable')
 
 
 def cores() -> int:
@@ -37,12 +42,12 @@ def _of_machine():
 
 
 def _left_in(folder):
-  """Returns what a control group may still take; what files have in its memory can be dropped."""
+  """Returns what a control group may still take."""
   limit, used = _read(folder / 'memory.max'), _read(folder / 'memory.current')
   if not (limit.isdigit() and used.isdigit()):
     return math.inf
   kept = dict(line.split() for line in _read(folder / 'memory.stat').splitlines())
-  return int(limit) - int(used) + int(kept.get('inactive_file', 0))
+  return int(limit) - int(used) + sum(int(kept.get(name, 0)) for name in _RECLAIMABLE)
 
 
 def _cgroups():

@@ -87,13 +87,13 @@ def read_arrays(
       decoded and `skip_unreadable` is off, or none can.
   """
   n = len(split)
-  needed, available = n * image_size * image_size * 3, machine.available_memory()
-  # On a CPU they are copied once more: that is the device.
-  if needed * (1 + (jax.default_backend() == 'cpu')) > available:
+  copies = 2 if jax.default_backend() == 'cpu' else 1  # that is the device, too
+  needed, available = copies * n * image_size * image_size * 3, machine.available_memory()
+  if needed > available:
     raise UserError(
       f'{split.name}: {n} images of {image_size}x{image_size} need {needed / 2**30:.1f} GiB of '
-      f'memory, and {available / 2**30:.1f} GiB are available: make the images smaller, or use '
-      'fewer'
+      f'memory, and {available / 2**30:.1f} GiB are available: set engine=stream, make the images '
+      'smaller, or use fewer'
     )
   image = np.empty((n, image_size, image_size, 3), np.uint8)
   index = np.empty(n, np.int32)

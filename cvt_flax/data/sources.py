@@ -77,8 +77,10 @@ def load(
       'a classifier needs two or more'
     )
   if dataset.train is not None and dataset.test is None and test_holdout:
+    _check_repeats(dataset)
     dataset = _hold_out_test(dataset, test_holdout, seed)
   if dataset.train is not None and dataset.validation is None and holdout:
+    _check_repeats(dataset)
     dataset = _hold_out(dataset, holdout, seed)
   return dataset
 
@@ -114,6 +116,16 @@ def _unknown_source(source: str) -> UserError:
     f'unknown source {source!r} (allowed: tfds:NAME[:VERSION], folder:DIR, csv:FILE, npz:FILE, '
     f'digits){hint}'
   )
+
+
+def _check_repeats(dataset: Dataset) -> None:
+  """Raises a UserError where the same image might be held out and trained on."""
+  if dataset.repeats:
+    raise UserError(
+      f'{dataset.train.name} has {dataset.repeats} images again, which might be held out and '
+      'trained on: list each once (class_weights makes a class count more), or give a split of '
+      'your own'
+    )
 
 
 def _hold_out_test(dataset: Dataset, share: float, seed: int) -> Dataset:

@@ -319,7 +319,7 @@ def _told_of_an_end(workers: int, when: str) -> Iterator[None]:
       raise
     raise UserError(
       f'a process that decodes images ended with exit code {ended[1]}{when} the memory, or that '
-      f'of /dev/shm, is too little for stream.workers={workers}'
+      f'of /dev/shm, is too little for workers={workers}'
     ) from error
 
 

@@ -68,6 +68,10 @@ _ENCODED = (
 _NO_STEPS = (lambda c: not c.steps, 'steps is 0; to train by steps, give epochs=10, its default')
 _RESIDENT = (lambda c: c.engine == 'resident', 'engine is resident')
 _STREAM = (lambda c: c.engine == 'stream', 'engine is stream')
+_STREAMED = (
+  lambda c: c.engine == 'stream' or c.eval.sets,
+  'engine is stream, or eval.sets are given',
+)
 _RANDOM_CROP = (
   lambda c: c.engine == 'stream' and c.augment.crop_scale,
   'engine is stream and augment.crop_scale is given',
@@ -298,9 +302,10 @@ class StreamConfig:
 
   workers: int = key(
     0,
-    'processes that decode, on every host; 0: one a core, or threads where cores are few',
+    'processes that decode, on every host; 0: one a core, or threads where cores are few, or '
+    'arrays are in memory',
     low=0,
-    used=_STREAM,
+    used=_STREAMED,
   )
 
 

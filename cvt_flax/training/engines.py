@@ -23,8 +23,6 @@ from cvt_flax.training.config import TrainConfig
 
 Batch = dict[str, jax.Array]
 
-_SEVERAL = 16  # images that cannot all be broken by chance
-
 
 class Resident:
   """The images of a split, decoded, on every device. What is opened are `resident.Arrays`."""
@@ -33,7 +31,6 @@ class Resident:
     self._config, self._mesh = config, mesh
     a = config.augment
     self._augment = resident.Augment(a.crop_padding, a.flip, a.trivial_augment)
-    self._held = 0  # bytes of images on every device
 
   def open(self, split: dataset.Split) -> resident.Arrays:
     """Decodes a split and puts it on the devices.
@@ -47,12 +44,13 @@ class Resident:
     )
     if skipped:
       print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
-    memory = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', math.inf)
-    self._held += arrays.image.nbytes
-    if self._held > memory:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    memory = stats.get('bytes_limit', math.inf) - stats.get('bytes_in_use', 0)
+    if arrays.image.nbytes > memory:
       raise UserError(
-        f'{split.name}: {self._held / 2**30:.1f} GiB of images in all do not fit into the '
-        f'{memory / 2**30:.1f} GiB of a device: set engine=stream, or make the images smaller'
+        f'{split.name}: {arrays.image.nbytes / 2**30:.1f} GiB of images do not fit into the '
+        f'{memory / 2**30:.1f} GiB that a device has left: set engine=stream, or make the images '
+        'smaller'
       )
     return sharding.place(arrays, sharding.replicated(self._mesh))
 
@@ -61,8 +59,8 @@ class Resident:
     return len(arrays.label)
 
   def decoded(self, arrays: resident.Arrays) -> str:
-    """Returns a digest of which images could be decoded: their places in the order of the split."""
-    return dataset.sha256([np.asarray(arrays.index)])
+    """Returns a digest of the images that could be decoded: their labels and places."""
+    return dataset.sha256([np.asarray(arrays.label), np.asarray(arrays.index)])
 
   def feed_training(
     self, arrays: resident.Arrays, start: int, stop: int
@@ -161,7 +159,7 @@ class Streaming:
     batches = stream.train_batches(
       split, self._transform, order, self._reading, start=start, stop=stop
     )
-    return self._fed(split, _some_readable(split, batches))
+    return self._fed(split, batches)
 
   def train_batch(self, step: jax.Array, batch: Batch) -> Batch:
     """Returns the batch of a step, inside of jit."""
@@ -211,17 +209,6 @@ class Streaming:
             self._unreadable.add((split.name, index))
             print(f'{split.name}: left out #{index}, which cannot be read')
         yield batch
-
-
-def _some_readable(split: dataset.Split, batches: Iterator[Batch]) -> Iterator[Batch]:
-  """Raises a UserError when no image of a batch of several can be read, as when a disk is gone."""
-  with contextlib.closing(batches):
-    for batch in batches:
-      if len(batch['mask']) >= _SEVERAL and not batch['mask'].any():
-        raise UserError(
-          f'{split.name}: none of the {len(batch["mask"])} images of a batch can be read'
-        )
-      yield batch
 
 
 Engine = Resident | Streaming

@@ -72,7 +72,7 @@ def predict_dataset(
   is in image files is not looked at when a call goes on, nor whether they have changed.
 
   Args:
-    weights: what `load_pretrained` takes, or what `cvt_flax.weights.pretrained.load` returned.
+    weights: what `load_pretrained` takes, or what `load_weights` returned.
     source: a folder, for the images in and below it, or what a config takes, 'tfds:NAME' and so on.
     folder: where shards are written, here or in 'gs://BUCKET/FOLDER'.
     split: 'train', 'validation' or 'test'; '' where the source has just one.

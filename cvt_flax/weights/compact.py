@@ -68,7 +68,7 @@ def merge_heads(file: TensorFile) -> tuple[TensorFile, int]:
       return file.read(name)
     return np.concatenate([file.read(part) for _, part in sorted(parts[name].items())])
 
-  return TensorFile(file.path, shapes, read), int(count)
+  return dataclasses.replace(file, shapes=shapes, read=read), int(count)
 
 
 def read(layout: Layout, shapes: Shapes, source: str, heads: int, help_: str) -> CompactViT:

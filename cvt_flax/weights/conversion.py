@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pathlib
 
-from cvt_flax import storage
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import architecture, parity, pretrained
+from cvt_flax.weights import architecture, files, parity, pretrained
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, Layout
 from cvt_flax.weights.preprocessing import Preprocessing
 from cvt_flax.weights.pretrained import FLAX, IN_PTH, Progress, Weights
@@ -47,7 +46,7 @@ def convert_weights(
     UserError: the source is damaged or does not fit, the destination exists or cannot hold the
       model, or PyTorch is needed and not installed. Nothing is left behind.
   """
-  destination = storage.path_of(destination)
+  destination = files.local_path(destination)
   to = to or _by_suffix(destination)
   if to not in KINDS:
     raise UserError(f'to={to!r}: one of {", ".join(KINDS)} is needed{nearest(to, KINDS)}')

@@ -150,18 +150,25 @@ def _state_dict(path, content, kind):
       and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
     )
 
-  candidates = {'': content}
-  if isinstance(content, Mapping):
-    candidates |= {key: content[key] for key in (*_AVERAGE_KEYS, *_STATE_KEYS) if key in content}
-  for key, candidate in candidates.items():
-    if is_state(candidate):
-      return dict(candidate), f'its averages, {key!r}, are taken' if key in _AVERAGE_KEYS else ''
+  if is_state(content):
+    return dict(content), ''
+  inside = content if isinstance(content, Mapping) else {}
+  raw = next((dict(inside[key]) for key in _STATE_KEYS if is_state(inside.get(key))), {})
+  for key in _AVERAGE_KEYS:
+    if is_state(inside.get(key)):
+      averages = dict(inside[key])
+      averages.pop('n_averaged', None)  # which PyTorch's AveragedModel counts
+      if not raw or _without_prefixes(averages).keys() == _without_prefixes(raw).keys():
+        return averages, f'its averages, {key!r}, are taken'
+  if raw:
+    return raw, ''
   if not isinstance(content, Mapping):
     why = f'it holds a {type(content).__name__}'
   elif not content:
     why = 'it is empty'
   else:
-    inner = next((c for key, c in candidates.items() if key and isinstance(c, Mapping)), content)
+    keys = (*_STATE_KEYS, *_AVERAGE_KEYS)
+    inner = next((inside[key] for key in keys if isinstance(inside.get(key), Mapping)), content)
     wrong = [str(k) for k, v in inner.items() if not (isinstance(k, str) and isinstance(v, kind))]
     why = f'its entries {", ".join(wrong[:5])} are none'
   raise UserError(f'{path} is no state dict, whose entries are tensors: {why}')
@@ -235,13 +242,19 @@ def read_json(path: pathlib.Path) -> dict:
   return value
 
 
-def check_new(path: pathlib.Path) -> None:
-  """Raises a UserError when there is something at `path`; an empty folder may be.
+def local_path(place: str | pathlib.Path) -> pathlib.Path:
+  """Returns the path of a destination on this machine; a shell leaves the ~ of --csv=~/a.csv.
 
-  Or when it is in an object store, where nothing is renamed.
+  Raises:
+    UserError: it is in an object store, where nothing is renamed.
   """
-  if storage.is_remote(path):
-    raise UserError(f'{path}: a place on this machine is needed; copy it from there')
+  if storage.is_remote(place):
+    raise UserError(f'{place}: a place on this machine is needed; copy it from there')
+  return pathlib.Path(os.path.expanduser(place))
+
+
+def check_new(path: pathlib.Path) -> None:
+  """Raises a UserError when there is something at `path`; an empty folder may be."""
   try:
     empty = path.is_dir() and not any(path.iterdir())
     if path.is_symlink() or (path.exists() and not empty):

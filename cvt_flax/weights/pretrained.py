@@ -140,7 +140,7 @@ def load(
     model,
     architecture.num_classes(layout, file.shapes),
   )
-  notes = [file.note] if file.note else []
+  notes = []
   names = ()
   if not model and architecture.is_guess(found):
     notes.append(
@@ -261,7 +261,7 @@ def save_pretrained(
     preprocessing = Preprocessing(compact_size or Preprocessing.image_size)
   known = Description(model, tuple(class_names), preprocessing)
   weights = Weights(known, dict(variables), FLAX, 'the tree of variables')
-  write(weights, storage.path_of(folder), FLAX)
+  write(weights, files.local_path(folder), FLAX)
 
 
 def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
@@ -434,7 +434,8 @@ def _read(
     )
     variables = layout.unpack(known.model, file.shapes, read, source)
   _check_finite(source, variables)
-  return Weights(known, variables, kind, source, tuple(notes))
+  notes = (*notes, file.note) if file.note else tuple(notes)
+  return Weights(known, variables, kind, source, notes)
 
 
 def _check_finite(source, variables):

@@ -235,16 +235,24 @@ def test_the_digest_tells_what_is_listed(tmp_path):
   assert len(others | {first}) == 6
 
 
-@pytest.mark.parametrize(
-  ('again', 'kinds'),
-  [('2.png,b,train', 'in train and in train'), ('./2.png,b,test', 'in train and in test')],
-)
-def test_a_file_is_listed_once(tmp_path, again, kinds):
+@pytest.mark.parametrize('name', ['2.png', './2.png', '{folder}/2.png'])
+def test_a_file_is_in_one_split_alone(tmp_path, name):
   rows = ['1.png,a,train', 'x/../2.png,b,train', '3.png,b,test']
   source = write(tmp_path / 'x.csv', 'path,label,split', *rows)
   assert len(sources.load(source, holdout=0).train) == 2
+  again = f'{name.format(folder=tmp_path)},b,test'
   source = write(tmp_path / 'x.csv', 'path,label,split', *rows, again)
-  assert f'x.csv lists {tmp_path}/x/../2.png twice, {kinds}: ' in error_of(source)
+  assert f'x.csv lists {tmp_path}/x/../2.png in train and in test' in error_of(source)
+
+
+def test_what_is_listed_again_is_not_held_out(tmp_path):
+  """Where nothing is held out, an image may count more by it."""
+  rows = [f'{i}.png,{"ab"[i % 2]}' for i in range(10)]
+  source = write(tmp_path / 'x.csv', 'path,label', *rows, rows[3], './4.png,a')
+  assert len(sources.load(source, holdout=0).train) == 12
+  for held_out in ({}, {'holdout': 0, 'test_holdout': 0.2}):
+    with pytest.raises(UserError, match='has 2 images again, which might be held out and'):
+      sources.load(source, **held_out)
 
 
 def test_no_file_is_named():

@@ -39,7 +39,9 @@ def test_memory_is_what_the_tightest_group_leaves(groups):
   assert 0 < of_machine < math.inf
   groups('pod/container', memory_max='max', memory_current=5 * GIB)
   assert machine.available_memory() == pytest.approx(of_machine, rel=0.2)
-  stat = f'anon {GIB // 100}\ninactive_file {GIB // 64}'
+  stat = (
+    f'anon 7\ninactive_file {GIB // 128}\nactive_file {GIB // 256}\nslab_reclaimable {GIB // 256}'
+  )
   groups('pod', memory_max=GIB // 16, memory_current=GIB // 32, memory_stat=stat)
   assert machine.available_memory() == GIB // 32 + GIB // 64  # what files have can be dropped
 

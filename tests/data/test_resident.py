@@ -115,7 +115,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_reading(monkeypatch):
     def _read(self, index):
       raise AssertionError('read before the check')
 
-  with pytest.raises(UserError, match='1401901.2 GiB of memory') as refusal:
+  with pytest.raises(UserError, match='2803802.5 GiB of memory') as refusal:
     resident.read_arrays(Endless([]), 224)
   assert '\n' not in str(refusal.value)
   split = Listed([noise(8, 8)] * 4)

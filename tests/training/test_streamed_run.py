@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cvt_flax.data import sources
-from cvt_flax.errors import UserError
+from cvt_flax.errors import UserError, is_momentary
 from cvt_flax.training import loop
 from cvt_flax.training.config import freeze
 from cvt_flax.training.engines import Streaming
@@ -116,14 +116,19 @@ def test_an_unreadable_picture(streamed, pictures, tmp_path, capsys, engine):
   assert printed.count('left out') == 2  # not once more in every epoch
 
 
-def test_a_disk_that_is_gone_is_not_trained_on(streamed, pictures, tmp_path):
+@pytest.mark.parametrize('left', ['nothing', 'an empty folder'])
+def test_a_disk_that_is_gone_is_not_skipped(streamed, pictures, tmp_path, left):
   copy = shutil.copytree(pictures, tmp_path / 'tiny')
   streamed.source, streamed.skip_unreadable = f'folder:{copy}', True
   engine = Streaming(freeze(streamed), make_mesh(1, 1))
-  feed = engine.feed_training(sources.load(streamed.source).train, 0, 5)
+  data = sources.load(streamed.source)
   shutil.rmtree(copy)
-  with pytest.raises(UserError, match='none of the 16 images of a batch can be read'):
-    list(feed)
+  if left == 'an empty folder':  # where it was mounted
+    copy.mkdir()
+  for feed in (engine.feed_training(data.train, 0, 5), engine.feed_evaluation(data.test, 8)):
+    with pytest.raises(OSError, match='the folder is gone, or empty') as error:
+      list(feed)
+    assert is_momentary(error.value) and error.value.filename.startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize('engine', ['resident', 'stream'])

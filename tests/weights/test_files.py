@@ -117,12 +117,20 @@ def test_prefixes_in_safetensors(prefix, tmp_path):
 
 
 @pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema', 'ema'])
-def test_averages_are_taken_and_told(key, save, state):
+def test_averages_are_taken_and_told(key, save, state, torch):
   raw = {name: 0 * tensor for name, tensor in state.items()}
   for others in ({'state_dict': raw, 'model': 'cvt'}, {}):
-    file = files.open_tensors(save(others | {key: state}))
-    assert_holds_tensors(file)
-    assert file.note == f'its averages, {key!r}, are taken'
+    averaged = {f'module.{name}': tensor for name, tensor in state.items()}
+    for averages in (state, averaged | {'n_averaged': torch.tensor(3)}):
+      file = files.open_tensors(save(others | {key: averages}))
+      assert_holds_tensors(file)
+      assert file.note == f'its averages, {key!r}, are taken'
+
+
+def test_averages_of_other_tensors_are_left(save, state):
+  file = files.open_tensors(save({'model_ema': {'step': state['a.weight']}, 'model': state}))
+  assert_holds_tensors(file)
+  assert not file.note
 
 
 def test_a_prefix_of_some_is_part_of_their_names(save, state):
@@ -325,10 +333,10 @@ def test_nothing_is_written_over(tmp_path):
   assert (tmp_path / 'w').read_text() == 'mine'
 
 
-def test_an_object_store_is_not_written_to_as_a_folder(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match='gs://bucket/weights: a place on this machine is needed'):
-    files.check_new('gs://bucket/weights')
+@pytest.mark.parametrize('place', ['gs://bucket/weights', 's3://bucket/weights.pth'])
+def test_an_object_store_is_not_written_to_as_a_folder(place):
+  with pytest.raises(UserError, match=f'^{place}: a place on this machine is needed'):
+    files.local_path(place)
 
 
 def test_an_empty_folder_is_filled(tmp_path):
