@@ -38,7 +38,7 @@ def run(main: Callable[[], None]) -> None:
 
   Exit codes: 0 done; 2 the input is wrong; 3 diverged; 75 stopped by SIGTERM, run me again;
   130 Ctrl-C; 141 whoever read the output has gone; 1 anything else, with a traceback, or a line
-  where a file system did not answer.
+  where another try may succeed (`errors.is_momentary`).
   """
   signal.signal(signal.SIGINT, _ctrl_c)
   for name, value in _QUIET.items():

@@ -31,14 +31,6 @@ _OF_THE_FILE = {
 }
 
 
-def _holds_something(folder: str) -> bool:
-  try:
-    with os.scandir(folder) as entries:
-      return any(True for _ in entries)
-  except OSError:
-    return False
-
-
 def allow_open_files() -> None:
   """Raises the number of files that this process, and those it starts, may have open.
 
@@ -111,12 +103,19 @@ class FileSplit(Split):
     try:
       data = pathlib.Path(path).read_bytes()
     except OSError as error:
-      # Of all images, as when a disk is not there any more.
-      is_gone = error.errno == errno.ENOENT and self.root and not _holds_something(self.root)
-      if error.errno in _OF_THE_FILE and not is_gone:
-        return Example(error, int(self.labels[index]), index, path)
-      if is_gone:
+      if error.errno == errno.ENOENT and self.root and _is_gone(self.root):  # as a disk may be
         raise OSError(errno.EIO, 'the folder is gone, or empty', self.root) from error
+      if error.errno in _OF_THE_FILE:
+        return Example(error, int(self.labels[index]), index, path)
       error.filename = path  # reading, in place of opening, names none
       raise
     return Example(data, int(self.labels[index]), index, path)
+
+
+def _is_gone(folder: str) -> bool:
+  """Whether a folder is not there, or empty, as is where a disk was mounted."""
+  try:
+    with os.scandir(folder) as entries:
+      return next(entries, None) is None
+  except OSError:
+    return True

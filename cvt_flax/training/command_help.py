@@ -49,7 +49,7 @@ _EXIT_CODES = {
   '75': 'SIGTERM: the state is saved, run the same command again',
   '130': 'Ctrl-C: the state is saved; a second one stops at once',
   '141': 'whoever read the output has gone',
-  '1': 'anything else, with a traceback, or a line where a file system did not answer',
+  '1': 'anything else: with a traceback, or with a line where another try may succeed',
 }
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import ml_collections
 
 from cvt_flax.errors import UserError, nearest
+from cvt_flax.training import config_uses as uses
 from cvt_flax.training.config_checks import CHECKS
 
 
@@ -32,67 +33,6 @@ def key(default, doc: str, *, allowed=None, low=None, high=None, used=None):
   """
   metadata = dict(doc=doc, allowed=allowed, low=low, high=high, used=used)
   return dataclasses.field(default=default, metadata=metadata)
-
-
-def _optimizer_is(*names: str):
-  return lambda c: c.optimizer.name in names, f'optimizer.name is {" or ".join(names)}'
-
-
-def _schedule_is(*names: str):
-  return lambda c: c.optimizer.schedule in names, f'optimizer.schedule is {" or ".join(names)}'
-
-
-_MIXING = (lambda c: c.augment.mixup or c.augment.cutmix, 'augment.mixup or augment.cutmix is on')
-_BOTH_MIXINGS = (
-  lambda c: c.augment.mixup and c.augment.cutmix,
-  'augment.mixup and augment.cutmix are both on',
-)
-_NESTEROV = (
-  lambda c: c.optimizer.name == 'sgd' and c.optimizer.momentum > 0,
-  'optimizer.name is sgd and optimizer.momentum above 0',
-)
-_MOVING = (
-  lambda c: c.optimizer.schedule != 'constant' or c.optimizer.warmup_epochs > 0,
-  'optimizer.schedule is cosine or multistep, or optimizer.warmup_epochs above 0',
-)
-_TFDS = (
-  lambda c: any(source.startswith('tfds:') for source in (c.source, *c.eval.sets)),
-  'source or one of eval.sets is tfds:NAME',
-)
-_ENCODED = (
-  lambda c: any(
-    source.startswith(('tfds:', 'folder:', 'csv:')) for source in (c.source, *c.eval.sets)
-  ),
-  'source or one of eval.sets is tfds:NAME, folder:DIR or csv:FILE, whose images are decoded',
-)
-_NO_STEPS = (lambda c: not c.steps, 'steps is 0; to train by steps, give epochs=10, its default')
-_RESIDENT = (lambda c: c.engine == 'resident', 'engine is resident')
-_STREAM = (lambda c: c.engine == 'stream', 'engine is stream')
-_STREAMED = (
-  lambda c: c.engine == 'stream' or c.eval.sets,
-  'engine is stream, or eval.sets are given',
-)
-_RANDOM_CROP = (
-  lambda c: c.engine == 'stream' and c.augment.crop_scale,
-  'engine is stream and augment.crop_scale is given',
-)
-_MARGIN = (
-  lambda c: c.engine == 'stream' and not c.augment.crop_scale,
-  'engine is stream and augment.crop_scale is ()',
-)
-_ANY_CROP = (
-  lambda c: c.engine == 'stream' and (c.augment.crop_scale or c.augment.crop_margin),
-  'engine is stream and augment.crop_scale or augment.crop_margin is given',
-)
-_JITTER = (  # timm takes one or the other
-  lambda c: c.engine == 'stream' and not c.augment.rand_augment,
-  "engine is stream and augment.rand_augment is ''",
-)
-_SEVERAL_LAYERS = (
-  lambda c: c.optimizer.freeze != 'backbone',
-  'optimizer.freeze is not backbone, which trains one layer',
-)
-_WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,32 +104,39 @@ class OptimizerConfig:
     0.05, 'decoupled for adamw, added to the gradient for the others', low=0.0
   )
   beta1: float = key(
-    0.9, 'decay of the first moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam')
+    0.9, 'decay of the first moment', low=0.0, high=1.0, used=uses.optimizer_is('adamw', 'adam')
   )
   beta2: float = key(
-    0.999, 'decay of the second moment', low=0.0, high=1.0, used=_optimizer_is('adamw', 'adam')
+    0.999, 'decay of the second moment', low=0.0, high=1.0, used=uses.optimizer_is('adamw', 'adam')
   )
   epsilon: float = key(
-    1e-8, 'added to the denominator', low=0.0, used=_optimizer_is('adamw', 'adam', 'rmsprop')
+    1e-8, 'added to the denominator', low=0.0, used=uses.optimizer_is('adamw', 'adam', 'rmsprop')
   )
   momentum: float = key(
-    0.9, 'decay of the velocity', low=0.0, high=1.0, used=_optimizer_is('sgd', 'rmsprop')
+    0.9, 'decay of the velocity', low=0.0, high=1.0, used=uses.optimizer_is('sgd', 'rmsprop')
   )
-  nesterov: bool = key(False, "Nesterov's momentum", used=_NESTEROV)
+  nesterov: bool = key(False, "Nesterov's momentum", used=uses.NESTEROV)
   rms_decay: float = key(
-    0.99, 'decay of the squared gradient', low=0.0, high=1.0, used=_optimizer_is('rmsprop')
+    0.99, 'decay of the squared gradient', low=0.0, high=1.0, used=uses.optimizer_is('rmsprop')
   )
   schedule: str = key('cosine', 'of the learning rate', allowed=('cosine', 'constant', 'multistep'))
   schedule_per: str = key(
-    'step', 'how often the learning rate moves', allowed=('step', 'epoch'), used=_MOVING
+    'step', 'how often the learning rate moves', allowed=('step', 'epoch'), used=uses.MOVING
   )
   warmup_epochs: float = key(0.0, 'epochs of linear warm-up', low=0.0)
-  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=_WARMUP)
-  min_learning_rate: float = key(0.0, 'where the cosine ends', low=0.0, used=_schedule_is('cosine'))
-  milestones: tuple[float, ...] = key(
-    (), 'epochs at which the rate is multiplied by gamma', low=0.0, used=_schedule_is('multistep')
+  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=uses.WARMUP)
+  min_learning_rate: float = key(
+    0.0, 'where the cosine ends', low=0.0, used=uses.schedule_is('cosine')
   )
-  gamma: float = key(0.1, 'what milestones multiply by', low=0.0, used=_schedule_is('multistep'))
+  milestones: tuple[float, ...] = key(
+    (),
+    'epochs at which the rate is multiplied by gamma',
+    low=0.0,
+    used=uses.schedule_is('multistep'),
+  )
+  gamma: float = key(
+    0.1, 'what milestones multiply by', low=0.0, used=uses.schedule_is('multistep')
+  )
   reference_batch: int = key(
     0, 'learning_rate holds at this batch size and scales with it; 0: no scaling', low=0
   )
@@ -208,7 +155,7 @@ class OptimizerConfig:
     "each layer's learning rate, as a share of that of the layer above it; the head's is whole",
     low=0.01,
     high=1.0,
-    used=_SEVERAL_LAYERS,
+    used=uses.SEVERAL_LAYERS,
   )
 
 
@@ -217,55 +164,57 @@ class AugmentConfig:
   """What happens to training images and labels."""
 
   crop_padding: int = key(
-    0, 'pad by so many black pixels, then crop back at random', low=0, used=_RESIDENT
+    0, 'pad by so many black pixels, then crop back at random', low=0, used=uses.RESIDENT
   )
   crop_scale: tuple[float, ...] = key(
     (),
     'least and greatest share of the area that a random crop keeps; (): no random resized crop',
     low=0.01,
     high=1.0,
-    used=_STREAM,
+    used=uses.STREAM,
   )
   crop_aspect: tuple[float, ...] = key(
     (3 / 4, 4 / 3),
     'least and greatest width / height of a random crop',
     low=0.1,
     high=10.0,
-    used=_RANDOM_CROP,
+    used=uses.RANDOM_CROP,
   )
   crop_margin: int = key(
-    0, 'squash to image_size and so many pixels more, then crop at random', low=0, used=_MARGIN
+    0, 'squash to image_size and so many pixels more, then crop at random', low=0, used=uses.MARGIN
   )
   interpolation: str = key(
     'bicubic',
     'of random crops; evaluation is bicubic',
     allowed=('bicubic', 'bilinear'),
-    used=_ANY_CROP,
+    used=uses.ANY_CROP,
   )
   flip: bool = key(False, 'mirror half of the images')
-  rand_augment: str = key('', "as timm writes it, 'rand-m9-mstd0.5-inc1'; '': none", used=_STREAM)
+  rand_augment: str = key(
+    '', "as timm writes it, 'rand-m9-mstd0.5-inc1'; '': none", used=uses.STREAM
+  )
   color_jitter: tuple[float, ...] = key(
     (),
     'most that brightness, contrast, saturation and, if a fourth is given, hue change; (): off',
     low=0.0,
-    used=_JITTER,
+    used=uses.JITTER,
   )
   trivial_augment: bool = key(
-    False, 'TrivialAugmentWide: one random operation an image', used=_RESIDENT
+    False, 'TrivialAugmentWide: one random operation an image', used=uses.RESIDENT
   )
   repeats: int = key(
     1,
     'times that an image comes in an epoch, of a share of the images as small',
     low=1,
-    used=_STREAM,
+    used=uses.STREAM,
   )
   mixup: float = key(0.0, 'alpha of Mixup; 0: off', low=0.0)
   cutmix: float = key(0.0, 'alpha of CutMix; 0: off', low=0.0)
   mix_prob: float = key(
-    1.0, 'probability of mixing a group of images', low=0.0, high=1.0, used=_MIXING
+    1.0, 'probability of mixing a group of images', low=0.0, high=1.0, used=uses.MIXING
   )
   switch_prob: float = key(
-    0.5, 'probability of CutMix when both are on', low=0.0, high=1.0, used=_BOTH_MIXINGS
+    0.5, 'probability of CutMix when both are on', low=0.0, high=1.0, used=uses.BOTH_MIXINGS
   )
   label_smoothing: float = key(
     0.0, 'share of the target spread over all classes', low=0.0, high=1.0
@@ -305,7 +254,7 @@ class StreamConfig:
     'processes that decode, on every host; 0: one a core, or threads where cores are few, or '
     'arrays are in memory',
     low=0,
-    used=_STREAMED,
+    used=uses.STREAMED,
   )
 
 
@@ -343,11 +292,11 @@ class TrainConfig:
     'resident: images lie decoded on the devices; stream: they are read and decoded as they come',
     allowed=('resident', 'stream'),
   )
-  data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=_TFDS)
+  data_dir: str = key('', "where TFDS keeps its data sets; '': its own default", used=uses.TFDS)
   skip_unreadable: bool = key(
     False,
     'leave out images that cannot be decoded, and say which (of several hosts, those of the first)',
-    used=_ENCODED,
+    used=uses.ENCODED,
   )
   image_size: int = key(224, 'height and width, in pixels', low=1)
   crop_ratio: float = key(
@@ -358,7 +307,7 @@ class TrainConfig:
   )
   std: tuple[float, ...] = key((0.229, 0.224, 0.225), 'of the pixels, 0 to 1, a channel', low=1e-6)
   batch_size: int = key(128, 'images a step, over all devices', low=1)
-  epochs: int = key(10, 'passes over the training images', low=1, used=_NO_STEPS)
+  epochs: int = key(10, 'passes over the training images', low=1, used=uses.NO_STEPS)
   steps: int = key(0, 'batches to train on, in place of epochs; 0: epochs', low=0)
   learning_rate: float = key(
     1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0

@@ -270,11 +270,11 @@ def check_held_out(folder: pathlib.Path, saved: Experiment, data: Dataset) -> No
         f'the images of {source} have changed since the run in {folder} was started: {file} names '
         'others, and some that it was trained on would be evaluated'
       )
-    if places and digest(data) != saved.data:
-      raise UserError(
-        f'the images of {source} have changed since the run in {folder} was started, and some that '
-        'it was trained on might be evaluated'
-      )
+  if (data.held_out.size or data.held_out_test.size) and digest(data) != saved.data:
+    raise UserError(
+      f'the images of {source} have changed since the run in {folder} was started, and some that '
+      'it was trained on might be evaluated'
+    )
 
 
 def _few(names):

@@ -43,7 +43,7 @@ def test_memory_is_what_the_tightest_group_leaves(groups):
     f'anon 7\ninactive_file {GIB // 128}\nactive_file {GIB // 256}\nslab_reclaimable {GIB // 256}'
   )
   groups('pod', memory_max=GIB // 16, memory_current=GIB // 32, memory_stat=stat)
-  assert machine.available_memory() == GIB // 32 + GIB // 64  # what files have can be dropped
+  assert machine.available_memory() == GIB // 32 + GIB // 64  # what files have, too
 
 
 def test_without_control_groups(tmp_path, monkeypatch):

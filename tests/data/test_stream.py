@@ -13,7 +13,7 @@ import pytest
 from cvt_flax.data import augment, images, stream
 from cvt_flax.data.array_source import ArraySplit
 from cvt_flax.data.folder_source import load_folder
-from cvt_flax.errors import UserError
+from cvt_flax.errors import UserError, is_momentary
 
 IMAGES, BATCH, SEED = 45, 8, 3
 WORKERS = stream._workers  # as it is, before tests/conftest.py replaces it
@@ -115,9 +115,12 @@ def test_no_more_processes_than_there_is_to_do(split, monkeypatch):
 
 
 def test_a_process_that_ends_is_told_from_what_it_read():
-  with pytest.raises(UserError, match='ended with exit code -9: the memory, or that of /dev/shm'):
-    with stream._told_of_an_end(4, ':'):
-      raise RuntimeError('Worker process was terminated unexpectedly with exit code -9 ...')
+  words = 'Worker process was terminated unexpectedly with exit code {} ...'
+  for code, another_try_may_succeed in ((-9, True), (1, False)):
+    with pytest.raises(UserError, match=f'ended with exit code {code}: the memory, or') as told:
+      with stream._told_of_an_end(4, ':'):
+        raise RuntimeError(words.format(code))
+    assert is_momentary(told.value.__cause__) is another_try_may_succeed
   with pytest.raises(RuntimeError, match='UNAVAILABLE'), stream._told_of_an_end(4, ':'):
     raise RuntimeError('UNAVAILABLE: the store does not answer')
 

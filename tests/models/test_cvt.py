@@ -374,7 +374,9 @@ def test_forward_over_reverse_is_reverse_over_reverse(train):
 
   @quick_jit
   def reverse(params, stats):
-    along = lambda p: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(p, stats), direction)))  # noqa: E731
+    def along(p):
+      return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient(p, stats), direction)))
+
     return jax.grad(along)(params)
 
   found, expected = forward(params, stats), reverse(params, stats)
