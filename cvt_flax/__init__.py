@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.compact import CompactViT
   from cvt_flax.models.cvt import CvT
   from cvt_flax.models.fold import fold
+  from cvt_flax.models.head import replace_head
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
@@ -52,6 +53,7 @@ __all__ = [
   'plan',
   'predict_dataset',
   'predict_images',
+  'replace_head',
   'save_pretrained',
   'train',
 ]
@@ -74,6 +76,7 @@ _PLACES = {
   'plan': ('cvt_flax.training.plan', 'plan'),
   'predict_dataset': ('cvt_flax.training.predict', 'predict_dataset'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),
+  'replace_head': ('cvt_flax.models.head', 'replace_head'),
   'save_pretrained': ('cvt_flax.weights.pretrained', 'save_pretrained'),
   'train': ('cvt_flax.training.loop', 'run'),
 }
