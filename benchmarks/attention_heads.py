@@ -26,6 +26,7 @@ from flax import traverse_util
 from benchmarks import common
 from cvt_flax import create_model
 from cvt_flax.models import compact
+from cvt_flax.models.layers import Dense
 from cvt_flax.ops.attention import attention
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
@@ -43,10 +44,10 @@ class HeadsApart(nn.Module):
   def __call__(self, x, train, cls_only=False):
     o, heads = self.options, []
     for i in range(o.num_heads):
-      q, k, v = (nn.Dense(o.embed_dim // o.num_heads, name=f'{n}_{i}')(x) for n in _KINDS)
+      q, k, v = (Dense(o.embed_dim // o.num_heads, name=f'{n}_{i}')(x) for n in _KINDS)
       q = q[:, -1:] if cls_only else q
       heads.append(attention(*(y[:, :, None] for y in (q, k, v)), o.scale)[:, :, 0])
-    return nn.Dense(o.embed_dim, name='proj')(jnp.concatenate(heads, axis=-1))
+    return Dense(o.embed_dim, name='proj')(jnp.concatenate(heads, axis=-1))
 
 
 def apart(params, heads):

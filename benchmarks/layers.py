@@ -151,12 +151,13 @@ def layers(model, size, batch):
     embed = cvt.ConvEmbed(o, model.dtype)
     yield layer('embedding', 1, embed, (batch, side, side, channels), flops)
     # The last block computes its class token alone: of what it has for all tokens, keys and values.
+    # The query convolution that its batch norm's statistics take is not counted.
     last = number == len(geometry) - 1 and model.pool == 'cls'
     whole = o.depth - last
     sequence, maps = (batch, tokens, c), (batch, stage.height, stage.width, c)
     norm = LayerNorm(model.dtype)
     yield layer('layer norm', o.depth + whole, norm, sequence, 0)
-    for stride, count, rows in ((o.q_stride, o.depth, area), (o.kv_stride, 2 * o.depth, key_area)):
+    for stride, count, rows in ((o.q_stride, whole, area), (o.kv_stride, 2 * o.depth, key_area)):
       flops = 2 * rows * c * (o.qkv_kernel**2 + c)
       projection = Projection(o, stride, model.dtype)
       yield layer('queries, keys, values', count, projection, maps, flops)

@@ -40,6 +40,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 
 def main():
   arguments = parse()
+  jax.config.update('jax_enable_compilation_cache', False)  # compiling is measured
   if not (arguments.busy or arguments.quick):
     common.refuse_busy(
       "PyTorch's threads wait for each other by spinning, which then costs it many times the work: "

@@ -43,6 +43,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax')
 
 def main():
   arguments = parse()
+  jax.config.update('jax_enable_compilation_cache', False)  # compiling is measured
   try:
     place = topology.find(arguments.topology)
   except UserError as e:

@@ -318,6 +318,7 @@ TRACE = WORK / 'trace'
 shutil.rmtree(TRACE, ignore_errors=True)
 short = cifar.copy_and_resolve_references()
 short.steps, short.epochs, short.log_every = 15, 10, 5
+short.optimizer.warmup_epochs = 0.0  # an epoch may have more steps than these
 with notebook.trace_steps(TRACE) as watch:
   train(short, tempfile.mkdtemp(), watch=watch)
 print(*TRACE.rglob('*.gz'), *TRACE.rglob('*.pb'), sep='\n')

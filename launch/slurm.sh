@@ -29,8 +29,10 @@ fi
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compiled}"
 code=0
 trap : TERM  # the steps answer it; this has to see how they end
-# A process for each GPU, which is how JAX finds them under Slurm.
-srun --kill-on-bad-exit=0 .venv/bin/python train.py "$@" --distributed=auto || code=$?
+# A process for each GPU, which is how JAX finds them under Slurm. From 22.05 on srun takes no
+# --cpus-per-task from the job.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 \
+  .venv/bin/python train.py "$@" --distributed=auto || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

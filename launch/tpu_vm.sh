@@ -20,10 +20,12 @@ if [ "$#" -lt 6 ]; then
 fi
 name=$1 zone=$2 accelerator=$3 image=$4 runs=$5
 shift 5
-options=()
+create=(gcloud compute tpus queued-resources create)
+# Of gcloud's releases the alpha alone has autocheckpoint, by which hosts are told of maintenance.
+told=(gcloud alpha compute tpus queued-resources create --autocheckpoint-enabled)
 case $accelerator in
-  v4-*) runtime=tpu-ubuntu2204-base options=(--autocheckpoint-enabled) ;;
-  v5litepod-*) runtime=v2-alpha-tpuv5-lite options=(--autocheckpoint-enabled) ;;
+  v4-*) runtime=tpu-ubuntu2204-base create=("${told[@]}") ;;
+  v5litepod-*) runtime=v2-alpha-tpuv5-lite create=("${told[@]}") ;;
   v5p-*) runtime=v2-alpha-tpuv5 ;;
   v6e-*) runtime=v2-alpha-tpuv6e ;;
   *)
@@ -32,7 +34,7 @@ case $accelerator in
     ;;
 esac
 if [ "${SPOT:-0}" = 1 ]; then
-  options+=(--spot)
+  create+=(--spot)
 fi
 
 queued() { gcloud compute tpus queued-resources "$@" --zone="$zone" --quiet; }
@@ -55,8 +57,8 @@ make_slice() {
     case $(state) in
       ACTIVE) return ;;
       none)
-        queued create "$name" --node-id="$name" --accelerator-type="$accelerator" \
-          --runtime-version="$runtime" "${options[@]}"
+        "${create[@]}" "$name" --node-id="$name" --accelerator-type="$accelerator" \
+          --runtime-version="$runtime" --zone="$zone" --quiet
         ;;
       SUSPENDED) queued delete "$name" --force ;;
       FAILED)
@@ -70,15 +72,18 @@ make_slice() {
 }
 
 on_all_hosts() {
-  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --batch-size=all \
-    --command="$1" -- -o ServerAliveInterval=30
+  gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1" \
+    -- -o ServerAliveInterval=30
 }
 
 # A container of before may still be there, as it outlives its connection. Grain's processes hand
 # images over in /dev/shm, and a step and a checkpoint may take longer than docker's 10 seconds.
 on_a_host=$(
   cat <<EOF
-mountpoint -q /runs || { sudo mkdir -p /runs && sudo mount -t nfs $(printf %q "$runs") /runs; } || exit
+mountpoint -q /runs || { sudo mkdir -p /runs && sudo mount -t nfs $(printf %q "$runs") /runs; } || {
+  echo 'train.py did not start'
+  exit 125
+}
 sudo docker rm --force cvt >/dev/null 2>&1
 sudo docker run --rm --name=cvt --pull=always --init --privileged --net=host --shm-size=64g \
   --stop-timeout=120 --volume=/runs:/runs --env=JAX_COMPILATION_CACHE_DIR=/runs/compiled \
@@ -103,7 +108,8 @@ while true; do
     fi
   done
   # 1: an error after which another try may succeed; docker's own: it did not start, or the image is not of ours.
-  if ((SECONDS - began < 3600)) && grep -qE '^train.py ended with (1|125|126|127)$' "$said"; then
+  if ((SECONDS - began < 3600)) &&
+    grep -qE '^train.py (did not start|ended with (1|125|126|127))$' "$said"; then
     errors=$((errors + 1))
   else
     errors=0

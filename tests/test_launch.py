@@ -55,7 +55,7 @@ def test_scripts_are_sound(script):
 
 
 TPU = [LAUNCH / 'tpu_vm.sh', 'cvt', 'us-west4-a', 'v5litepod-256', 'image', '10.0.0.2:/my runs']
-ENDED = 'train.py ended with'
+ENDED, NOT_STARTED = 'train.py ended with', 'train.py did not start'
 ARGUMENTS = ['--config=configs/digits.py', '--config.augment.crop_scale=(0.5, 1.0)']
 
 
@@ -63,12 +63,20 @@ def test_a_slice_is_made_and_trained_on(play):
   answers = ['1 NOT_FOUND', '0', '0 WAITING_FOR_RESOURCES', '0 ACTIVE', f'0 {ENDED} 0']
   done, calls = play([*TPU, *ARGUMENTS], gcloud=answers)
   assert done.returncode == 0, done.stderr
-  verbs = [call[3:5] for call in calls]
-  seen = ['queued-resources', 'describe'], ['queued-resources', 'create']
-  assert verbs == [*seen, seen[0], seen[0], ['tpu-vm', 'ssh']]
-  assert '--runtime-version=v2-alpha-tpuv5-lite' in calls[1] and '--spot' not in calls[1]
-  assert '--autocheckpoint-enabled' in calls[1]
-  assert '--worker=all' in calls[-1]
+  asked, created, *waited, trained = calls
+  assert created[:6] == ['gcloud', 'alpha', 'compute', 'tpus', 'queued-resources', 'create']
+  assert '--runtime-version=v2-alpha-tpuv5-lite' in created and '--spot' not in created
+  assert '--autocheckpoint-enabled' in created and '--zone=us-west4-a' in created
+  assert [call[3:5] for call in (asked, *waited)] == [['queued-resources', 'describe']] * 3
+  assert trained[1:5] == ['compute', 'tpus', 'tpu-vm', 'ssh'] and '--worker=all' in trained
+
+
+def test_no_alpha_is_needed_where_nothing_of_it_is(play):
+  answers = ['1 NOT_FOUND', '0', '0 ACTIVE', f'0 {ENDED} 0']
+  done, calls = play([*TPU[:3], 'v6e-8', *TPU[4:], *ARGUMENTS], gcloud=answers)
+  assert done.returncode == 0, done.stderr
+  assert calls[1][1:5] == ['compute', 'tpus', 'queued-resources', 'create']
+  assert not [word for call in calls for word in call if 'alpha' in word and 'tpuv6e' not in word]
 
 
 def test_what_each_host_does(play):
@@ -99,7 +107,7 @@ def test_what_was_stopped_goes_on(ended, play):
   done, calls = play(['env', 'SPOT=1', *TPU, *ARGUMENTS], gcloud=answers)
   assert done.returncode == 0, done.stderr
   assert len(calls) == len(answers) and calls[-1][-5:] == calls[1][-5:]
-  created = [call for call in calls if call[4] == 'create']
+  created = [call for call in calls if 'create' in call]
   assert all('--spot' in call for call in created)
 
 
@@ -109,12 +117,20 @@ def test_a_training_that_fails_ends_the_command(code, play):
   assert done.returncode == code and len(calls) == 2
 
 
-@pytest.mark.parametrize('code', [1, 125])
-def test_an_error_that_comes_again_and_again_ends_the_command(code, play):
-  failed = ['0 ACTIVE', f'1 {ENDED} {code}']
+def test_a_host_without_its_folder_says_so(play):
+  _, calls = play([*TPU, *ARGUMENTS], gcloud=['0 ACTIVE', f'0 {ENDED} 0'])
+  (command,) = (word for word in calls[-1] if word.startswith('--command='))
+  script = command.removeprefix('--command=')
+  done, calls = play(['bash', '-c', script], mountpoint=['1'], sudo=['0', '32'])
+  assert done.returncode == 125 and done.stdout == f'{NOT_STARTED}\n' and len(calls) == 3
+
+
+@pytest.mark.parametrize('words', [f'{ENDED} 1', f'{ENDED} 125', NOT_STARTED])
+def test_an_error_that_comes_again_and_again_ends_the_command(words, play):
+  failed = ['0 ACTIVE', f'1 {words}']
   done, calls = play([*TPU, *ARGUMENTS], gcloud=[*(failed * 5), '0 ACTIVE', f'0 {ENDED} 0'])
   assert done.returncode == 1 and len(calls) == 10
-  assert 'five errors in a row' in done.stderr and f'{ENDED} {code}' in done.stdout
+  assert 'five errors in a row' in done.stderr and words in done.stdout
 
 
 @pytest.mark.parametrize('between', [['0 ACTIVE', '75'], ['0 SUSPENDED', '0', '0 ACTIVE', '1']])
@@ -146,7 +162,7 @@ def test_what_no_slice_can_be_made_of(words, message, play):
 def test_a_slurm_job_goes_on(code, requeued, play):
   done, calls = play([LAUNCH / 'slurm.sh', *ARGUMENTS], srun=[code], scontrol=['0'])
   assert done.returncode == code
-  assert calls[0][-3:] == [*ARGUMENTS, '--distributed=auto']
+  assert calls[0][-3:] == [*ARGUMENTS, '--distributed=auto'] and '--cpus-per-task=8' in calls[0]
   assert (calls[1:] == [['scontrol', 'requeue', '7']]) == requeued
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from cvt_flax.report import figures, markup, records, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
-from cvt_flax.report.records import Group
-from cvt_flax.report.single import Plots
+from cvt_flax.report.records import Group, Run
+from cvt_flax.report.single import SHARES, Plots
 
 _CURVES = (
   ('val/top1', 'val_accuracy', 'Validation top-1 accuracy', True),
@@ -33,6 +33,11 @@ _METRICS = (
   ('val/loss', 'validation loss', '.4f'),
 )
 _TESTED = 'test/top1', 'val/top1'
+# The keys that say which images a split has.
+_IMAGES = {
+  'test': ('source', 'eval.test_holdout'),
+  'val': ('source', 'eval.test_holdout', 'eval.holdout'),
+}
 
 
 def sections(groups: Sequence[Group], folder: pathlib.Path) -> Iterator[str]:
@@ -53,7 +58,7 @@ def _seeds(group):
 
 
 def _results(groups):
-  found = [m for m in _METRICS if any(g.finals(m[0]) for g in groups)]
+  found = [m for m in (*_METRICS, *_of_other_sets(groups)) if any(g.finals(m[0]) for g in groups)]
   rows = []
   for metric, name, form in found:
     for group in groups:
@@ -98,6 +103,15 @@ def _results(groups):
   return markup.section('Results', *parts)
 
 
+def _of_other_sets(groups):
+  """Yields the shares of eval.sets, as `_METRICS` has those of the splits."""
+  names = (name for group in groups for run in group.runs for name in run.final)
+  for name in dict.fromkeys(names):
+    split, _, metric = name.partition('/')
+    if split not in _IMAGES and metric in SHARES:
+      yield name, f'{split} {SHARES[metric]}', '.2%'
+
+
 def _difference(value, form):
   """Returns the difference of two numbers of a form, of two percentages in points."""
   if form.endswith('%'):
@@ -107,13 +121,15 @@ def _difference(value, form):
 
 def _paired_tests(groups):
   """Yields a paired t-test over the seeds of every two configs; of single runs there is none."""
-  rows, apart = [], []
+  rows, apart, other_images = [], [], []
   for a, b in itertools.combinations(groups, 2):
     if len(_pairs(a, b)) < 2 <= max(len(a.runs), len(b.runs)):
       apart.append(f'{b.name} and {a.name}')
     for metric, name, form in (m for m in _METRICS if m[0] in _TESTED):
       test = statistics.paired_t(a.finals(metric), b.finals(metric))
-      if test:
+      if test and not _same_images(a.runs[0], b.runs[0], metric.partition('/')[0]):
+        other_images.append(f'{b.name} and {a.name}, {name}')
+      elif test:
         rows.append(
           [f'{b.name} less {a.name}', name, _difference(test.difference, form)]
           + [number(test.p, '.3g'), number(test.n)]
@@ -129,20 +145,27 @@ def _paired_tests(groups):
   if apart:
     words = 'Too few seeds in common for a paired test, of which two are the least'
     yield markup.paragraph(f'{words}: {", ".join(apart)}.')
+  if other_images:
+    yield markup.paragraph(f'No paired test, as the images differ: {"; ".join(other_images)}.')
+
+
+def _same_images(a: Run, b: Run, split: str) -> bool:
+  same_keys = all(a.config.get(key) == b.config.get(key) for key in _IMAGES[split])
+  return same_keys and a.class_names == b.class_names
 
 
 def _mcnemar(groups):
   """Yields McNemar's exact test on the images of every two runs of a seed."""
-  rows, other_images, compared = [], False, set()
+  rows, other_images, other_weights, compared = [], False, False, set()
   for a, b in itertools.combinations(groups, 2):
     for first, second in _pairs(a, b):
       if first.predictions is None or second.predictions is None:
         continue
-      if first.config['source'] != second.config['source']:
-        other_images = True
+      if any(run.final.get('checkpoint') != run.predictions.step for run in (first, second)):
+        other_weights = True
         continue
       test = statistics.mcnemar(first.predictions, second.predictions)
-      if test is None:
+      if test is None or not _same_images(first, second, first.predictions.split):
         other_images = True
         continue
       compared.add(first.predictions.split)
@@ -164,6 +187,11 @@ def _mcnemar(groups):
     yield markup.paragraph('Validation images are compared, by which checkpoints were chosen.')
   if other_images:
     yield markup.paragraph('Runs whose predictions are not of the same images are not compared.')
+  if other_weights:
+    yield markup.paragraph(
+      'Runs that are not finished, or whose predictions are of another checkpoint than their '
+      'metrics, are not compared.'
+    )
 
 
 def _pairs(a: Group, b: Group):

@@ -28,7 +28,7 @@ _TWO_CLASSES = {
 _MISTAKES, _ATTENDED, _CONFUSED = 12, 6, 10
 _TILE = 1.15  # inches: four, of an image and three stages, are as wide as other figures
 # What the numbers of a run are called; those that are shares of images.
-_SHARES = {'top1': 'top-1', 'top5': 'top-5'}
+SHARES = {'top1': 'top-1', 'top5': 'top-5'}
 
 
 class Plots:
@@ -152,7 +152,7 @@ def _results(run):
   splits = dict.fromkeys(key.partition('/')[0] for key in run.final if '/' in key)
   shares = {
     key: words
-    for key, words in _SHARES.items()
+    for key, words in SHARES.items()
     if any(run.score(f'{split}/{key}') is not None for split in splits)
   }
   rows = []
@@ -175,6 +175,8 @@ def _results(run):
         faint=True,
       )
     )
+  elif run.final:
+    parts.append(markup.paragraph('The source has no validation or test split to evaluate.'))
   else:
     parts.append(
       markup.paragraph('There are none yet: the run has not evaluated its best weights.')

@@ -4,13 +4,18 @@ import ast
 import json
 import pathlib
 import re
+import shutil
+import tempfile
+from unittest import mock
 
+import jax
 import jupytext
 import pytest
 from packaging.requirements import Requirement
 
 import cvt_flax
-from cvt_flax import notebook
+from cvt_flax import get_config, notebook
+from cvt_flax.training.config import freeze
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TEXT = ROOT / 'colab' / 'cvt_flax.py'
@@ -68,6 +73,23 @@ def test_nothing_is_implemented_in_it():
     assert len(doing) <= MOST_STATEMENTS, ast.unparse(tree)
     for node in nodes:
       assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.For | ast.While)
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'tpu'])
+def test_what_the_rehearsal_leaves_out_can_be_trained(backend, monkeypatch, tmp_path):
+  """The rehearsal trains on digits; with CIFAR-10 an epoch has more steps than are traced."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  trained = []
+  names = {'jax': jax, 'get_config': get_config, 'SMOKE': False, 'WORK': tmp_path}
+  names |= {'shutil': shutil, 'tempfile': tempfile, 'notebook': mock.MagicMock()}
+  names |= {'train': lambda config, folder, **_: trained.append(config)}
+  names['notebook'].compute_dtype.return_value = 'float32'
+  (defined,) = (source for source in CODE if 'cifar = get_config' in source)
+  (traced,) = (source for source in CODE if 'trace_steps' in source)
+  exec(f'{defined}\n{traced}', names)
+  (config,) = map(freeze, trained)
+  steps_per_epoch = 45_000 // config.batch_size
+  assert config.optimizer.warmup_epochs * steps_per_epoch < config.steps < steps_per_epoch
 
 
 def test_every_link_to_the_repository_is_its_own():

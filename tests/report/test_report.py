@@ -313,6 +313,46 @@ def test_a_run_without_results_is_beside_one_with_them(make_run):
   assert 'Not finished, and not counted' in words
 
 
+def test_other_images_have_no_paired_test(make_run, tmp_path):
+  for seed in range(3):
+    make_run(f'a/seed-{seed}', seed=seed, hits=48 + 2 * seed)
+    make_run(f'b/seed-{seed}', seed=seed, hits=47 + 3 * seed, source='npz:other.npz')
+    make_run(f'c/seed-{seed}', seed=seed, hits=46 + 4 * seed, eval={'holdout': 0.2})
+  words = ' '.join(Page(write_report([tmp_path / name for name in 'abc'])).words.split())
+  assert (
+    'as the images differ: b and a, test top-1; b and a, validation top-1; c and a, val' in words
+  )
+  assert 'c less a test top-1' in words and 'c less a validation' not in words
+  assert 'b less a' not in words and 'c less b' not in words
+
+
+def test_sets_of_their_own_are_compared(make_run):
+  a, b = make_run('a'), make_run('b')
+  path = a / 'metrics.jsonl'
+  lines = list(map(json.loads, path.read_text().splitlines()))
+  lines[-1] |= {'real/top1': 0.75, 'real/loss': 1.0, 'real/images': 8}
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  words = ' '.join(Page(write_report([a, b])).words.split())
+  assert 'a real top-1 75.00%' in words and 'b real' not in words and 'real loss' not in words
+
+
+def test_predictions_of_other_weights_are_not_compared(make_run):
+  a, b = make_run('a'), make_run('b', hits=40)
+  with (a / 'metrics.jsonl').open('a') as lines:
+    lines.write(json.dumps({'step': 25, 'epoch': 2.5, 'train/loss': 0.5}) + '\n')
+  words = ' '.join(Page(write_report([a, b])).words.split())
+  assert 'of another checkpoint than their metrics, are not compared' in words
+  assert 'b against a' not in words
+
+
+def test_a_finished_run_without_a_split_to_evaluate(make_run):
+  run = make_run('a', finished=False)
+  with (run / 'metrics.jsonl').open('a') as lines:
+    lines.write(json.dumps({'step': 20, 'epoch': 2.0, 'checkpoint': 20}) + '\n')
+  words = Page(write_report([run])).words
+  assert 'no validation or test split' in words and 'There are none yet' not in words
+
+
 def test_other_images_are_not_compared(make_run):
   a, b = make_run('a'), make_run('b', names=('cat', 'dog'))
   assert 'are not of the same images' in Page(write_report([a, b])).words
@@ -378,6 +418,7 @@ def test_a_confusion_matrix_has_its_zeros_but_nothing_for_a_class_without_images
   axes = figures.confusion(figures.LIGHT, ['a', 'b', 'c'], matrix).axes[0]
   assert (axes.get_xlabel(), axes.get_ylabel()) == ('predicted', 'true')
   assert [t.get_text() for t in axes.texts] == ['75', '25', '0', '0', '100', '0']
+  assert axes.images[0].get_array().mask.tolist() == [[False] * 3, [False] * 3, [True] * 3]
 
 
 def test_a_title_is_as_broad_as_its_figure():
