@@ -32,7 +32,7 @@ class Checkpoints:
     """Starts writing a checkpoint; the state may be donated once this returns.
 
     One of the same step is replaced: a signal during an evaluation saved it without its metric,
-    and Orbax cannot add one. Until the new one is whole the one before it is the latest.
+    and Orbax cannot add one. Who is killed before the new one is whole goes on from one before it.
     """
     if step in self._manager.all_steps():
       self._manager.wait_until_finished()

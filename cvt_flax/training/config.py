@@ -185,9 +185,9 @@ class AugmentConfig:
   )
   interpolation: str = key(
     'bicubic',
-    'of random crops; evaluation is bicubic',
+    'of random crops and of RandAugment; evaluation is bicubic',
     allowed=('bicubic', 'bilinear'),
-    used=uses.ANY_CROP,
+    used=uses.FILTER,
   )
   flip: bool = key(False, 'mirror half of the images')
   rand_augment: str = key(

@@ -125,15 +125,13 @@ def _check_groups(c: TrainConfig):
     raise UserError(f'optimizer.accumulate_steps={k} does not divide batch_size={c.batch_size}')
   from cvt_flax.models.zoo import is_compact  # here: it loads Flax, which a typo need not wait for
 
-  frozen = c.optimizer.freeze == 'backbone'
-  if c.model.projection in ('avg', 'linear') or is_compact(c.model.name) or frozen:
-    return  # no batch norm takes statistics
-  if not size:
+  without = c.model.projection in ('avg', 'linear') or is_compact(c.model.name)
+  if not (size or without or c.optimizer.freeze == 'backbone'):
     raise UserError(
       f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '
       f'cannot be taken in parts; set model.bn_group_size, {c.batch_size // k} for example'
     )
-  if (c.batch_size // size) % k:
+  if size and (c.batch_size // size) % k:
     raise UserError(
       f'optimizer.accumulate_steps={k} does not divide the {c.batch_size // size} groups of '
       f'model.bn_group_size={size} images in batch_size={c.batch_size}'

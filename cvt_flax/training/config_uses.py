@@ -47,9 +47,12 @@ MARGIN = (
   lambda c: c.engine == 'stream' and not c.augment.crop_scale,
   'engine is stream and augment.crop_scale is ()',
 )
-ANY_CROP = (
-  lambda c: c.engine == 'stream' and (c.augment.crop_scale or c.augment.crop_margin),
-  'engine is stream and augment.crop_scale or augment.crop_margin is given',
+FILTER = (
+  lambda c: (
+    c.engine == 'stream'
+    and (c.augment.crop_scale or c.augment.crop_margin or c.augment.rand_augment)
+  ),
+  'engine is stream and augment.crop_scale, augment.crop_margin or augment.rand_augment is given',
 )
 JITTER = (  # timm takes one or the other
   lambda c: c.engine == 'stream' and not c.augment.rand_augment,

@@ -158,7 +158,7 @@ def _train(config, folder, watch):
     signals = stack.enter_context(Signals())
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
-    unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
+    unit = c.optimizer.accumulate_steps * math.lcm(training.mesh.size, c.model.bn_group_size or 1)
     another = ', with another --workdir'  # as a run keeps its batch size
     if c.engine == 'resident':
       another += ', or engine=stream'
@@ -316,7 +316,10 @@ def _finish(training, checkpoints, writer, signals):
   test, validation = training.dataset.test, training.dataset.validation
   if test or validation or training.sets:
     variables = training.restore_best(checkpoints)
+  training.train_data = None  # where it is on the devices, the test split needs its place
   if test or validation:
+    if test:
+      training.val_data = None
     data = training.engine.open(test) if test else training.val_data
     found = training.predict(variables, data, signals)
     if found is None:

@@ -78,6 +78,7 @@ def make_program(
     class_weights=config.class_weights,
     frozen=frozen,
     whole=replicated,
+    spread=sharding.split_microbatches(mesh),
   )
 
   def init():

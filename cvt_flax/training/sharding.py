@@ -59,6 +59,11 @@ def split_batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(_AXES))
 
 
+def split_microbatches(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of microbatches, one after another: each of them over all devices."""
+  return NamedSharding(mesh, PartitionSpec(None, _AXES))
+
+
 def split_state(mesh: Mesh, tree: Any) -> Any:
   """Returns the shardings of parameters, optimizer state or averages: over 'fsdp'.
 
@@ -127,6 +132,16 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, fewer: str = '') -> None
     also = f', or fewer devices with {fewer}' if fewer and jax.process_count() == 1 else ''
     raise UserError(
       f'{name}={batch_size} does not divide over {devices} devices: {near} would{also}'
+    )
+
+
+def check_microbatches(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
+  """Raises a UserError when the devices do not divide a microbatch."""
+  images = batch_size // accumulate_steps
+  if images % mesh.size:
+    raise UserError(
+      f'optimizer.accumulate_steps={accumulate_steps}: a microbatch of {images} images does not '
+      f'divide over {mesh.size} devices'
     )
 
 

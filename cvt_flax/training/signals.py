@@ -20,21 +20,21 @@ _EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 class Signals:
   """Notes signals while the block lasts; a second one of the same kind acts as it always did.
 
-  With several processes jax notes a SIGTERM that any of them gets, and has all of them answer at
-  the same step. Ctrl-C in one of them is a SIGTERM to the others.
+  Where processes have joined, jax notes a SIGTERM that any of them gets since then, and has all of
+  them answer at the same step. Ctrl-C in one of them is a SIGTERM to the others.
 
   Outside the main thread, where Python delivers no signals, nothing is noted.
   """
 
   def __init__(self):
     self._noted: int | None = None
-    self._pressed = False  # Ctrl-C, in this one of several processes
+    self._pressed = False  # Ctrl-C, in this one of processes that have joined
     self._previous = {}
-    self._several = jax.process_count() > 1
+    self._joined = jax.distributed.is_initialized()
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      numbers = [signal.SIGINT] if self._several else _EXIT_CODES
+      numbers = [signal.SIGINT] if self._joined else _EXIT_CODES
       self._previous = {s: signal.signal(s, self._note) for s in numbers}
     return self
 
@@ -47,7 +47,7 @@ class Signals:
     signal.signal(number, self._previous[number])
     with contextlib.suppress(RuntimeError):  # something is being written there at this moment
       print(f'{_name(number)}: stopping after this step; again stops at once', file=sys.stderr)
-    if self._several:
+    if self._joined:
       self._pressed = True
       signal.raise_signal(signal.SIGTERM)
     else:
@@ -55,7 +55,7 @@ class Signals:
 
   def received(self) -> bool:
     """Whether to stop. All processes ask equally often, and get the same answer each time."""
-    if self._several and self._noted is None:
+    if self._joined and self._noted is None:
       if multihost_utils.reached_preemption_sync_point(next(_ASKED)):
         self._noted = signal.SIGINT if self._pressed else signal.SIGTERM
     return self._noted is not None

@@ -97,6 +97,7 @@ def make_train_step(
   class_weights: tuple[float, ...] = (),
   frozen: Frozen = Frozen(),  # noqa: B008  (immutable)
   whole: jax.sharding.Sharding | None = None,
+  spread: jax.sharding.Sharding | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch) -> (state, loss).
 
@@ -107,7 +108,8 @@ def make_train_step(
 
   The loss is the mean of the images' cross entropies, in which the target of class c counts
   `class_weights[c]`, or 1 for (). What is `frozen` stays byte for byte as it is, in the averages
-  too. Parameters that are split over devices are computed with under the sharding `whole`.
+  too. Parameters that are split over devices are computed with under the sharding `whole`, and
+  microbatches, [accumulate_steps b ...], under `spread`.
   """
   groups = getattr(model, 'bn_group_size', 0)  # CompactViT has no batch norm
   classes = num_classes(model.num_classes)
@@ -161,11 +163,14 @@ def make_train_step(
       (loss, (batch_stats, top1)), grads = grad_fn(trained, variables, images, targets, key)
       return loss, grads, batch_stats, top1
 
-    # Microbatch j takes the groups j, j + k, ...: every device has its share of each of them.
+    # Microbatch j takes the groups j, j + k, ...: a device that has a multiple of k groups has its
+    # share of each microbatch. Fewer have to be dealt out, or some devices would compute all of a
+    # microbatch, and the others the same once more.
     # All start from the same running statistics, whose mean is what the whole batch would give.
     def split(x):
       # Without groups there is no batch norm, and an image is a group of its own.
-      return rearrange(x, '(i k g) ... -> k (i g) ...', k=accumulate_steps, g=groups or 1)
+      x = rearrange(x, '(i k g) ... -> k (i g) ...', k=accumulate_steps, g=groups or 1)
+      return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
 
     def microbatch(total, inputs):
       j, images, targets = inputs

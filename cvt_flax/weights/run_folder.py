@@ -33,6 +33,19 @@ REPORT = 'report/index.html'
 BEST = 'val/top1'
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, without its own question whether processes are to stop.
+
+  JAX keeps the number of the last question, and has all processes stop at the one after the
+  largest. `training.signals` counts its questions; Orbax would ask by steps in between, and who is
+  told to stop while a checkpoint is saved would wait for a question that nobody asks.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 def manager(
   folder: pathlib.Path, keep: int, read_only: bool, alone: bool = False
 ) -> ocp.CheckpointManager:
@@ -69,7 +82,7 @@ def manager(
     read_only=read_only,
     multiprocessing_options=processes,
   )
-  return ocp.CheckpointManager(storage.absolute(folder), options=options)
+  return _Manager(storage.absolute(folder), options=options)
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:

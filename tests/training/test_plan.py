@@ -51,6 +51,24 @@ def test_what_a_loop_hides_is_left_out(eight):
   assert 'flops' not in str(found)
 
 
+def test_microbatches_are_of_all_devices(eight):
+  """A device has one group of batch norms; each of four microbatches has a part of it."""
+  eight.batch_size, eight.model.bn_group_size = 128, 16
+  whole = plan.plan(eight, 'cpu:8')
+  eight.optimizer.accumulate_steps = 4
+  parts = plan.plan(eight, 'cpu:8')
+  assert parts.memory['temporary'] < whole.memory['temporary'] / 2
+  assert 'all-gather' not in parts.collectives
+
+
+def test_a_microbatch_that_devices_do_not_divide(eight):
+  eight.batch_size, eight.optimizer.accumulate_steps = 96, 24
+  with pytest.raises(
+    UserError, match='accumulate_steps=24: a microbatch of 4 images does not .* 8'
+  ):
+    plan.plan(eight, 'cpu:8')
+
+
 def test_what_is_split_over_fsdp_takes_less_a_device(eight, monkeypatch):
   from cvt_flax.training import sharding
 

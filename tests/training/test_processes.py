@@ -44,8 +44,11 @@ if __name__ == '__main__':
 """
 
 
-def start(env, count, devices, *arguments, program=(ROOT / 'train.py',)):
-  """Starts a run of `count` processes, with so many devices each."""
+def start(env, count, devices, *arguments, program=(ROOT / 'train.py',), alone=False):
+  """Starts a run of `count` processes, with so many devices each.
+
+  One joins no others, unless it is `alone` in what it joins.
+  """
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
@@ -53,7 +56,7 @@ def start(env, count, devices, *arguments, program=(ROOT / 'train.py',)):
   started = []
   for i in range(count):
     command = [sys.executable, *(str(word).format(process=i) for word in program), *arguments]
-    command += [f'--distributed={address},{i},{count}'] if count > 1 else []
+    command += [f'--distributed={address},{i},{count}'] if count > 1 or alone else []
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     started.append(subprocess.Popen(command, env=env, text=True, **pipes))
   return started
@@ -143,18 +146,28 @@ def test_two_processes_read_what_one_does(quick_env, jpegs, tmp_path):
   assert_close(losses(tmp_path / '2'), losses(tmp_path / '1'), 60)
 
 
-# Runs train.py; the process that is named stops itself by SIGTERM in its first evaluation.
+# Runs train.py; the process that is named stops itself by SIGTERM, before it reads its data, while
+# it saves its first checkpoint, or in its first evaluation, which is a long one.
 STOPPED = """
 import itertools, os, signal, sys, time
+import orbax.checkpoint as ocp
 from cvt_flax import command_line
 from cvt_flax.training.command import main
 from cvt_flax.training.setup import Setup
 
-process, evaluate = sys.argv.pop(1), Setup.evaluate
+process, when = sys.argv.pop(1), sys.argv.pop(1)
+
+def stopped(moment, function):
+  due = [process == '1' and when == moment]
+  def call(*args, **kwargs):
+    if due[0]:
+      due[0] = False
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(2)  # until it is known to all
+    return function(*args, **kwargs)
+  return call
 
 def long_evaluation(self, variables, data, signals):
-  if process == '1':
-    os.kill(os.getpid(), signal.SIGTERM)
   feed = self.engine.feed_evaluation
   def slow(*args):
     for fed in itertools.chain.from_iterable(itertools.repeat(list(feed(*args)), 1000)):
@@ -163,7 +176,12 @@ def long_evaluation(self, variables, data, signals):
   self.engine.feed_evaluation = slow
   return evaluate(self, variables, data, signals)
 
-Setup.evaluate = long_evaluation
+evaluate = Setup.evaluate
+Setup.__init__ = stopped('setup', Setup.__init__)
+Setup.evaluate = stopped('evaluation', long_evaluation if when == 'evaluation' else evaluate)
+# Of what Orbax does to save, this comes after it might ask whether to stop.
+waiting = ocp.CheckpointManager.wait_until_finished
+ocp.CheckpointManager.wait_until_finished = stopped('saving', waiting)
 if __name__ == '__main__':
   command_line.run(main)
 """
@@ -196,13 +214,13 @@ def stopped(several, quick_env, tmp_path_factory):
   path = tmp_path_factory.mktemp('runs')
   (path / 'stopped.py').write_text(STOPPED)
   arguments = [f'--config={several}', f'--workdir={path}/run']
-  program = path / 'stopped.py', '{process}'
+  program = path / 'stopped.py', '{process}', 'evaluation'
   assert_stopped(finish(start(quick_env, 2, 2, *arguments, program=program)), 11)
   return path / 'run'
 
 
 def assert_stopped(ends, step):
-  assert [code for code, *_ in ends] == [75, 75], ends
+  assert [code for code, *_ in ends] == [75] * len(ends), ends
   for _, _, errors in ends:
     assert f'SIGTERM: saved step {step}' in errors and 'Traceback' not in errors
 
@@ -224,6 +242,17 @@ def test_a_sigterm_to_one_stops_all_at_the_same_step(several, whole, stopped, qu
   assert [code for code, *_ in ends] == [0, 0] and f'going on from step {step}' in ends[0][1]
   assert lines_without_times(run) == lines_without_times(whole)
   assert_same_bytes(saved_arrays(run, 33), saved_arrays(whole, 33))
+
+
+@pytest.mark.parametrize(
+  ('count', 'when', 'step'), [(1, 'setup', 1), (2, 'setup', 1), (2, 'saving', 11)]
+)
+def test_a_sigterm_is_answered_whenever_it_comes(count, when, step, several, quick_env, tmp_path):
+  (tmp_path / 'stopped.py').write_text(STOPPED)
+  program = tmp_path / 'stopped.py', '{process}' if count > 1 else '1', when
+  arguments = [f'--config={several}', f'--workdir={tmp_path}/run']
+  ends = finish(start(quick_env, count, 4 // count, *arguments, program=program, alone=True))
+  assert_stopped(ends, step)
 
 
 def test_one_process_goes_on_from_two(several, whole, stopped, quick_env, tmp_path):
@@ -333,7 +362,7 @@ def test_processes_that_do_not_answer(monkeypatch):
 def test_runs_one_after_another_ask_on(monkeypatch):
   """JAX answers a process by how often it has asked, in all of its runs."""
   asked = []
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
   monkeypatch.setattr(
     signals.multihost_utils, 'reached_preemption_sync_point', lambda i: asked.append(i)
   )
@@ -345,7 +374,7 @@ def test_runs_one_after_another_ask_on(monkeypatch):
 
 def test_ctrl_c_in_one_process_is_a_sigterm_to_all(monkeypatch):
   terms = []
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
   monkeypatch.setattr(
     signals.multihost_utils, 'reached_preemption_sync_point', lambda _: bool(terms)
   )

@@ -1,9 +1,11 @@
 """Whole runs, through the same run() that train.py calls."""
 
+import gc
 import json
 import pathlib
 import shutil
 import sys
+import weakref
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from cvt_flax.errors import Diverged, UserError
 from cvt_flax.models.geometry import multiply_adds
 from cvt_flax.training import experiment, hardware, loop, program, setup
 from cvt_flax.training.config import get_config
+from cvt_flax.training.engines import Resident
 from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.weights import pretrained
@@ -267,6 +270,27 @@ def test_test_images_held_out_of_train(config, flat, tmp_path):
     loop.run(config, folder)
 
 
+def test_the_test_split_gets_the_place_of_the_others(config, tmp_path, monkeypatch):
+  opened, alive = [], []
+  original, predict = Resident.open, setup.Setup.predict
+
+  def open_split(self, split):
+    arrays = original(self, split)
+    opened.append(weakref.ref(arrays.image))
+    return arrays
+
+  def watched(self, *args):
+    gc.collect()
+    alive.extend(reference() is not None for reference in opened)
+    return predict(self, *args)
+
+  monkeypatch.setattr(Resident, 'open', open_split)
+  monkeypatch.setattr(setup.Setup, 'predict', watched)
+  config.epochs = 2
+  loop.run(config, tmp_path / 'run')
+  assert alive == [False, False, True]  # train, validation, test
+
+
 def test_a_test_split_and_test_images_held_out(config, tmp_path):
   config.eval.test_holdout = 0.3
   with pytest.raises(
@@ -325,7 +349,7 @@ def test_a_run_that_tells_nothing_apart_says_so(config, tmp_path, capsys):
   ('batch_size', 'devices', 'groups', 'words'),
   [
     (96, 1, 4, 'try --config.batch_size=48, with another --workdir'),
-    (24, 8, 4, 'try --config.batch_size=8, with another --workdir'),  # 12 is not for 8 devices
+    (48, 8, 4, 'try --config.batch_size=16, with another --workdir'),  # 24 is not for 8 devices
     (24, 1, 12, 'a smaller one has to be a multiple of 24: change mesh.data, model.bn_group_size'),
   ],
 )

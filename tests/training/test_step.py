@@ -12,9 +12,11 @@ import pytest
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.layers import BatchNorm
 from cvt_flax.ops.pixels import normalize_pixels
+from cvt_flax.rng import Stream, stream_key
 from cvt_flax.training import setup
 from cvt_flax.training.config import AugmentConfig, OptimizerConfig, freeze, get_config
 from cvt_flax.training.optimizer import make_optimizer
+from cvt_flax.training.sharding import make_mesh, place, replicated, split_batch, split_microbatches
 from cvt_flax.training.step import init_state, make_train_step
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -78,6 +80,7 @@ def build(
   ema_decay=0.0,
   accumulate_steps=1,
   seed=0,
+  spread=None,
 ):
   """Returns (the jitted step, which donates its state; the state before it)."""
   tx = make_optimizer(optimizer, schedule)
@@ -91,6 +94,7 @@ def build(
     augment=augment,
     ema_decay=ema_decay,
     accumulate_steps=accumulate_steps,
+    spread=spread,
   )
   state = init_state(model, tx, seed, 8, bool(ema_decay))
   return jax.jit(step, donate_argnums=0), state
@@ -237,7 +241,6 @@ def test_microbatches_change_nothing(k):
 def test_microbatches_draw_their_own_dropout():
   """Of equal images, so that microbatches differ by nothing else."""
   batch = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (2, *x.shape[1:])), batch_of())
-  half = jax.tree.map(lambda x: x[:1], batch)
 
   class Dropped(Probe):
     @nn.compact
@@ -245,11 +248,36 @@ def test_microbatches_draw_their_own_dropout():
       x = nn.Dropout(0.5, deterministic=not train)(images.reshape(len(images), -1))
       return nn.Dense(self.num_classes)(x)
 
-  whole_step, state = build(Dropped(bn_group_size=1), accumulate_steps=2)
-  one_step, _ = build(Dropped(bn_group_size=1))
-  _, whole = whole_step(at_step(state, 3), batch)
-  _, one = one_step(at_step(state, 3), half)
-  assert abs(float(whole) - float(one)) > 1e-3
+  model = Dropped(bn_group_size=1)
+  step, state = build(model, accumulate_steps=2)
+
+  def loss_of(microbatch):
+    key = jax.random.fold_in(stream_key(0, Stream.DROPOUT, 3), microbatch)
+    image = normalize_pixels(batch['image'][:1], MEAN, STD)
+    logits = model.apply({'params': state.params}, image, train=True, rngs={'dropout': key})
+    return -float(jax.nn.log_softmax(logits)[0, batch['label'][0]])
+
+  expected = loss_of(0), loss_of(1)
+  assert abs(expected[0] - expected[1]) > 1e-3
+  _, loss = step(at_step(state, 3), batch)
+  assert float(loss) == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_microbatches_over_devices_change_nothing():
+  """Four devices with a group each, so that both microbatches take half of every group."""
+
+  def after_a_step(devices):
+    mesh = make_mesh(devices)
+    model = Probe(bn_group_size=4)
+    step, state = build(model, accumulate_steps=2, spread=split_microbatches(mesh))
+    state = place(state, replicated(mesh))
+    state, loss = step(state, place(batch_of(), split_batch(mesh)))
+    return jax.device_get(state), float(loss)
+
+  (one, expected), (four, loss) = after_a_step(1), after_a_step(4)
+  assert loss == pytest.approx(expected, abs=1e-6)
+  assert largest_difference(one.params, four.params) < 1e-6
+  assert largest_difference(one.batch_stats, four.batch_stats) < 1e-6
 
 
 # What a step computes.
