@@ -6,6 +6,8 @@
 #   launch/tpu_vm.sh cvt us-west4-a v5litepod-256 IMAGE 10.0.0.2:/runs \
 #     --config=configs/cvt13_imagenet.py --config.batch_size=4096 --config.data_dir=/runs/data
 #
+# v4 and v5e need gcloud's alpha commands: gcloud components install alpha.
+#
 # IMAGE is built from launch/Dockerfile; RUNS is an NFS export (Filestore), mounted as /runs by all
 # hosts. SPOT=1 asks for a spot slice. The command stays until training has ended, and ends with its
 # exit code. Hosts that are stopped, lost or taken away are started, or made, again, and the run goes

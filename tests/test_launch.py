@@ -40,7 +40,7 @@ def play(tmp_path, clean_env):
     log = tmp_path / 'log'
     log.write_text('')
     env = {**clean_env, 'PATH': f'{folder}:{os.environ["PATH"]}', 'LOG': str(log)}
-    env |= {'POLL_SECONDS': '0', 'SLURM_JOB_ID': '7'}
+    env |= {'POLL_SECONDS': '0', 'SLURM_JOB_ID': '7', 'SLURM_CPUS_PER_TASK': '6'}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     return done, [call.split('\0')[:-1] for call in log.read_text().split('\1')[:-1]]
 
@@ -162,7 +162,7 @@ def test_what_no_slice_can_be_made_of(words, message, play):
 def test_a_slurm_job_goes_on(code, requeued, play):
   done, calls = play([LAUNCH / 'slurm.sh', *ARGUMENTS], srun=[code], scontrol=['0'])
   assert done.returncode == code
-  assert calls[0][-3:] == [*ARGUMENTS, '--distributed=auto'] and '--cpus-per-task=8' in calls[0]
+  assert calls[0][-3:] == [*ARGUMENTS, '--distributed=auto'] and '--cpus-per-task=6' in calls[0]
   assert (calls[1:] == [['scontrol', 'requeue', '7']]) == requeued
 
 

@@ -33,11 +33,9 @@ _METRICS = (
   ('val/loss', 'validation loss', '.4f'),
 )
 _TESTED = 'test/top1', 'val/top1'
-# The keys that say which images a split has.
-_IMAGES = {
-  'test': ('source', 'eval.test_holdout'),
-  'val': ('source', 'eval.test_holdout', 'eval.holdout'),
-}
+# The keys that say which images a split has, and what they are where an older run has none.
+_OF_TEST = {'source': '', 'eval.test_holdout': 0.0}
+_IMAGES = {'test': _OF_TEST, 'val': _OF_TEST | {'eval.holdout': 0.1}}
 
 
 def sections(groups: Sequence[Group], folder: pathlib.Path) -> Iterator[str]:
@@ -146,12 +144,14 @@ def _paired_tests(groups):
     words = 'Too few seeds in common for a paired test, of which two are the least'
     yield markup.paragraph(f'{words}: {", ".join(apart)}.')
   if other_images:
-    yield markup.paragraph(f'No paired test, as the images differ: {"; ".join(other_images)}.')
+    words = 'No paired test, as source, eval.holdout or eval.test_holdout differ'
+    yield markup.paragraph(f'{words}: {"; ".join(other_images)}.')
 
 
 def _same_images(a: Run, b: Run, split: str) -> bool:
-  same_keys = all(a.config.get(key) == b.config.get(key) for key in _IMAGES[split])
-  return same_keys and a.class_names == b.class_names
+  keys = _IMAGES[split].items()
+  same = all(a.config.get(key, default) == b.config.get(key, default) for key, default in keys)
+  return same and a.class_names == b.class_names
 
 
 def _mcnemar(groups):

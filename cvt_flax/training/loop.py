@@ -20,7 +20,7 @@ from cvt_flax.training import experiment, processes
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
 from cvt_flax.training.evaluate import alarm
-from cvt_flax.training.hardware import told_of_memory
+from cvt_flax.training.hardware import return_freed_memory, told_of_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.sharding import place
@@ -158,7 +158,7 @@ def _train(config, folder, watch):
     signals = stack.enter_context(Signals())
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
-    unit = c.optimizer.accumulate_steps * math.lcm(training.mesh.size, c.model.bn_group_size or 1)
+    unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
     another = ', with another --workdir'  # as a run keeps its batch size
     if c.engine == 'resident':
       another += ', or engine=stream'
@@ -316,10 +316,10 @@ def _finish(training, checkpoints, writer, signals):
   test, validation = training.dataset.test, training.dataset.validation
   if test or validation or training.sets:
     variables = training.restore_best(checkpoints)
-  training.train_data = None  # where it is on the devices, the test split needs its place
   if test or validation:
-    if test:
-      training.val_data = None
+    if test:  # where splits are on the devices, this one needs the place of the others
+      training.train_data = training.val_data = None
+      return_freed_memory()
     data = training.engine.open(test) if test else training.val_data
     found = training.predict(variables, data, signals)
     if found is None:

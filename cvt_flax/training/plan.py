@@ -126,7 +126,6 @@ def plan(config: ConfigDict | str, topology: str = '') -> Plan:
   place = topologies.find(topology)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, place.devices)
   sharding.check_batch('batch_size', config.batch_size, mesh, sharding.FEWER)
-  sharding.check_microbatches(config.batch_size, config.optimizer.accumulate_steps, mesh)
   classes, images = _extent(config)
   model = build_model(config.model, num_logits(config, classes), config.image_size)
   size = config.image_size

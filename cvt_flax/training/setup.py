@@ -215,8 +215,6 @@ class TrainingSetup(Setup):
   def __init__(self, config: TrainConfig, folder: pathlib.Path):
     super().__init__(config, folder, evaluation=False)
     sharding.check_batch('batch_size', config.batch_size, self.mesh, sharding.FEWER)
-    accumulate_steps = config.optimizer.accumulate_steps
-    sharding.check_microbatches(config.batch_size, accumulate_steps, self.mesh)
     self._check_validation()
     train = self.dataset.train
     if train is None:

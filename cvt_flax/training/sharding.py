@@ -135,16 +135,6 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, fewer: str = '') -> None
     )
 
 
-def check_microbatches(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
-  """Raises a UserError when the devices do not divide a microbatch."""
-  images = batch_size // accumulate_steps
-  if images % mesh.size:
-    raise UserError(
-      f'optimizer.accumulate_steps={accumulate_steps}: a microbatch of {images} images does not '
-      f'divide over {mesh.size} devices'
-    )
-
-
 def prefetch(
   batches: Generator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:

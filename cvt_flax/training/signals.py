@@ -20,21 +20,23 @@ _EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 class Signals:
   """Notes signals while the block lasts; a second one of the same kind acts as it always did.
 
-  Where processes have joined, jax notes a SIGTERM that any of them gets since then, and has all of
-  them answer at the same step. Ctrl-C in one of them is a SIGTERM to the others.
+  Where processes have joined, jax notes the first SIGTERM that any of them gets, before the block
+  too, and has all of them answer at the same step. Ctrl-C in one of several is a SIGTERM to the
+  others. Further ones do nothing there.
 
   Outside the main thread, where Python delivers no signals, nothing is noted.
   """
 
   def __init__(self):
     self._noted: int | None = None
-    self._pressed = False  # Ctrl-C, in this one of processes that have joined
+    self._pressed = False  # Ctrl-C, in this one of several processes
     self._previous = {}
     self._joined = jax.distributed.is_initialized()
+    self._several = jax.process_count() > 1
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      numbers = [signal.SIGINT] if self._joined else _EXIT_CODES
+      numbers = [signal.SIGINT] if self._several else _EXIT_CODES
       self._previous = {s: signal.signal(s, self._note) for s in numbers}
     return self
 
@@ -47,7 +49,7 @@ class Signals:
     signal.signal(number, self._previous[number])
     with contextlib.suppress(RuntimeError):  # something is being written there at this moment
       print(f'{_name(number)}: stopping after this step; again stops at once', file=sys.stderr)
-    if self._joined:
+    if self._several:
       self._pressed = True
       signal.raise_signal(signal.SIGTERM)
     else:

@@ -164,8 +164,8 @@ def make_train_step(
       return loss, grads, batch_stats, top1
 
     # Microbatch j takes the groups j, j + k, ...: a device that has a multiple of k groups has its
-    # share of each microbatch. Fewer have to be dealt out, or some devices would compute all of a
-    # microbatch, and the others the same once more.
+    # share of each microbatch. Otherwise they are dealt out, or some devices would have all of a
+    # microbatch, and the others would compute the same once more.
     # All start from the same running statistics, whose mean is what the whole batch would give.
     def split(x):
       # Without groups there is no batch norm, and an image is a group of its own.

@@ -320,10 +320,22 @@ def test_other_images_have_no_paired_test(make_run, tmp_path):
     make_run(f'c/seed-{seed}', seed=seed, hits=46 + 4 * seed, eval={'holdout': 0.2})
   words = ' '.join(Page(write_report([tmp_path / name for name in 'abc'])).words.split())
   assert (
-    'as the images differ: b and a, test top-1; b and a, validation top-1; c and a, val' in words
+    'test_holdout differ: b and a, test top-1; b and a, validation top-1; c and a, val' in words
   )
   assert 'c less a test top-1' in words and 'c less a validation' not in words
   assert 'b less a' not in words and 'c less b' not in words
+
+
+def test_runs_of_before_a_key_was_there_are_compared(make_run, tmp_path):
+  for seed in range(2):
+    path = make_run(f'a/seed-{seed}', seed=seed, hits=48 + seed) / 'experiment.json'
+    record = json.loads(path.read_text())
+    del record['config']['eval']['test_holdout'], record['config']['eval']['holdout']
+    path.write_text(json.dumps(record))
+    make_run(f'b/seed-{seed}', seed=seed, hits=46 + 3 * seed)
+  words = ' '.join(Page(write_report([tmp_path / 'a', tmp_path / 'b'])).words.split())
+  for compared in ('b less a test top-1', 'b less a validation top-1', 'b against a 0'):
+    assert compared in words
 
 
 def test_sets_of_their_own_are_compared(make_run):

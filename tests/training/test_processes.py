@@ -245,13 +245,15 @@ def test_a_sigterm_to_one_stops_all_at_the_same_step(several, whole, stopped, qu
 
 
 @pytest.mark.parametrize(
-  ('count', 'when', 'step'), [(1, 'setup', 1), (2, 'setup', 1), (2, 'saving', 11)]
+  ('count', 'when', 'least'), [(1, 'setup', 1), (2, 'setup', 1), (2, 'saving', 11)]
 )
-def test_a_sigterm_is_answered_whenever_it_comes(count, when, step, several, quick_env, tmp_path):
+def test_a_sigterm_is_answered_whenever_it_comes(count, when, least, several, quick_env, tmp_path):
   (tmp_path / 'stopped.py').write_text(STOPPED)
   program = tmp_path / 'stopped.py', '{process}' if count > 1 else '1', when
   arguments = [f'--config={several}', f'--workdir={tmp_path}/run']
   ends = finish(start(quick_env, count, 4 // count, *arguments, program=program, alone=True))
+  step = max(int(path.name) for path in (tmp_path / 'run/checkpoints').glob('[0-9]*'))
+  assert least <= step < 33
   assert_stopped(ends, step)
 
 
@@ -375,6 +377,7 @@ def test_runs_one_after_another_ask_on(monkeypatch):
 def test_ctrl_c_in_one_process_is_a_sigterm_to_all(monkeypatch):
   terms = []
   monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(
     signals.multihost_utils, 'reached_preemption_sync_point', lambda _: bool(terms)
   )
@@ -391,6 +394,16 @@ def test_ctrl_c_in_one_process_is_a_sigterm_to_all(monkeypatch):
     ('Ctrl-C: saved', 130),
     ('SIGTERM: saved', 75),
   ]
+
+
+def test_one_that_has_joined_no_others_answers_each_time(monkeypatch):
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(signals.multihost_utils, 'reached_preemption_sync_point', lambda _: False)
+  for number, code in [(signal.SIGINT, 130), (signal.SIGTERM, 75)] * 2:
+    with signals.Signals() as noted:
+      assert not noted.received()
+      signal.raise_signal(number)
+      assert noted.received() and noted.interruption('saved').exit_code == code
 
 
 def test_processes_that_have_not_joined(monkeypatch, config, tmp_path):

@@ -263,13 +263,14 @@ def test_microbatches_draw_their_own_dropout():
   assert float(loss) == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_microbatches_over_devices_change_nothing():
-  """Four devices with a group each, so that both microbatches take half of every group."""
+@pytest.mark.parametrize(('groups', 'k'), [(4, 2), (2, 8)])
+def test_microbatches_over_devices_change_nothing(groups, k):
+  """Four devices share groups; then, each microbatch is of two images, fewer than devices."""
 
   def after_a_step(devices):
     mesh = make_mesh(devices)
-    model = Probe(bn_group_size=4)
-    step, state = build(model, accumulate_steps=2, spread=split_microbatches(mesh))
+    model = Probe(bn_group_size=groups)
+    step, state = build(model, accumulate_steps=k, spread=split_microbatches(mesh))
     state = place(state, replicated(mesh))
     state, loss = step(state, place(batch_of(), split_batch(mesh)))
     return jax.device_get(state), float(loss)
