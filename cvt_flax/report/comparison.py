@@ -149,6 +149,7 @@ def _paired_tests(groups):
 
 
 def _same_images(a: Run, b: Run, split: str) -> bool:
+  """Whether two runs of a seed have the same images in a split, as far as their configs say."""
   keys = _IMAGES[split].items()
   same = all(a.config.get(key, default) == b.config.get(key, default) for key, default in keys)
   return same and a.class_names == b.class_names

@@ -125,8 +125,8 @@ def _check_groups(c: TrainConfig):
     raise UserError(f'optimizer.accumulate_steps={k} does not divide batch_size={c.batch_size}')
   from cvt_flax.models.zoo import is_compact  # here: it loads Flax, which a typo need not wait for
 
-  without = c.model.projection in ('avg', 'linear') or is_compact(c.model.name)
-  if not (size or without or c.optimizer.freeze == 'backbone'):
+  no_batch_norm = c.model.projection in ('avg', 'linear') or is_compact(c.model.name)
+  if not (size or no_batch_norm or c.optimizer.freeze == 'backbone'):
     raise UserError(
       f'optimizer.accumulate_steps={k} with model.bn_group_size=0: statistics over the whole batch '
       f'cannot be taken in parts; set model.bn_group_size, {c.batch_size // k} for example'

@@ -320,7 +320,9 @@ def _finish(training, checkpoints, writer, signals):
     if test:  # where splits are on the devices, this one needs the place of the others
       training.train_data = training.val_data = None
       return_freed_memory()
-    data = training.engine.open(test) if test else training.val_data
+      data = training.engine.open(test)
+    else:
+      data = training.val_data
     found = training.predict(variables, data, signals)
     if found is None:
       raise signals.interruption(unfinished)
