@@ -28,8 +28,9 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.weights.compiled import compile_predict
   from cvt_flax.weights.conversion import convert_weights
   from cvt_flax.weights.preprocessing import Preprocessing
-  from cvt_flax.weights.pretrained import list_pretrained, load_pretrained, save_pretrained
+  from cvt_flax.weights.pretrained import list_pretrained, load_pretrained
   from cvt_flax.weights.pretrained import load as load_weights
+  from cvt_flax.weights.saving import save_pretrained
 
 __version__ = '0.1.0.dev0'
 
@@ -77,7 +78,7 @@ _PLACES = {
   'predict_dataset': ('cvt_flax.training.predict', 'predict_dataset'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),
   'replace_head': ('cvt_flax.models.head', 'replace_head'),
-  'save_pretrained': ('cvt_flax.weights.pretrained', 'save_pretrained'),
+  'save_pretrained': ('cvt_flax.weights.saving', 'save_pretrained'),
   'train': ('cvt_flax.training.loop', 'run'),
 }
 

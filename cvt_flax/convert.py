@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     help='flax, official, huggingface, vit-pytorch, or for compact transformers vit-from-scratch '
     'or compact-transformers; by default official for a DST that ends with .pth, else flax',
   )
-  parser.add_argument('--model', default='', help='where the weights do not say it themselves')
+  parser.add_argument('--model', default='', help='a name, in place of what the weights say')
   parser.add_argument(
     '--activation', default='', help="quick_gelu or gelu, in place of the model's"
   )

@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 
-from cvt_flax import command_line
+from cvt_flax import command_line, storage
 from cvt_flax.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -29,12 +29,14 @@ class Prediction:
     classes: their numbers.
     names: theirs; 'class 3' where the weights have none.
     probabilities: theirs, of the softmax over all classes.
+    error: why there are none: the image cannot be read; '' where it was.
   """
 
   image: str
   classes: tuple[int, ...]
   names: tuple[str, ...]
   probabilities: tuple[float, ...]
+  error: str = ''
 
 
 def predict_images(
@@ -43,6 +45,7 @@ def predict_images(
   top: int = 5,
   image_size: int = 0,
   batch_size: int = 8,
+  skip_unreadable: bool = False,
 ) -> Iterator[Prediction]:
   """Classifies image files, a batch at a time.
 
@@ -56,6 +59,8 @@ def predict_images(
     top: how many classes of each image; all where there are fewer.
     image_size: height and width in place of the weights' own; 0 keeps theirs.
     batch_size: images that are computed at once.
+    skip_unreadable: whether an image that cannot be read has a Prediction without classes, whose
+      `error` says why, in place of ending the iterator.
 
   Returns:
     An iterator over a Prediction for each image, of which an image is read when it is its turn.
@@ -67,15 +72,14 @@ def predict_images(
   import numpy as np  # here, so that a command line with wrong arguments says so at once
 
   from cvt_flax.data import images as pictures
-  from cvt_flax.weights import pretrained
-  from cvt_flax.weights.compiled import compile_predict
+  from cvt_flax.weights import compiled, pretrained
 
   paths = _check(images, top, image_size, batch_size)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  _, steps = pretrained.classifier(weights, image_size)
+  _, steps = compiled.classifier(weights, image_size)
   names = weights.description.class_names
-  predict = compile_predict(weights, [min(batch_size, len(paths))], image_size)
+  predict = compiled.compile_predict(weights, [min(batch_size, len(paths))], image_size)
 
   def read(path):
     try:
@@ -86,16 +90,27 @@ def predict_images(
 
   def predictions():
     for start in range(0, len(paths), batch_size):
+      pixels, errors = [], {}
       part = paths[start : start + batch_size]
-      probabilities = predict(np.stack([read(path) for path in part]))
-      classes = np.argsort(-probabilities, axis=1, kind='stable')[:, :top]
-      shares = np.take_along_axis(probabilities, classes, axis=1)
-      for path, found, its in zip(part, classes.tolist(), shares.tolist(), strict=True):
+      for path in part:
+        try:
+          pixels.append(read(path))
+        except UserError as e:
+          if not skip_unreadable:
+            raise
+          errors[path] = str(e)
+      probabilities = iter(predict(np.stack(pixels)) if pixels else ())
+      for path in part:
+        if path in errors:
+          yield Prediction(str(path), (), (), (), errors[path])
+          continue
+        shares = next(probabilities)
+        classes = np.argsort(-shares, kind='stable')[:top]
         yield Prediction(
           str(path),
-          tuple(found),
-          tuple(names[i] if names else f'class {i}' for i in found),
-          tuple(its),
+          tuple(classes.tolist()),
+          tuple(names[i] if names else f'class {i}' for i in classes),
+          tuple(shares[classes].tolist()),
         )
 
   return predictions()
@@ -135,8 +150,9 @@ def _expand(image):
     matches = sorted(glob.glob(str(image), recursive=True))
     found = [p for p in map(pathlib.Path, matches) if p.is_file()]
   if not found:
-    what = 'holds no image' if path.is_dir() else 'there is no such file'
-    raise UserError(f'{image}: {what}')
+    if path.is_dir():
+      raise UserError(f"{image}: holds no image; '{path}/**/*.jpg' takes those in its folders")
+    raise UserError(f'{image}: there is no such file')
   return found
 
 
@@ -158,30 +174,51 @@ def main(arguments: list[str] | None = None) -> None:
   output.add_argument('--csv', metavar='FILE', help='write a line for each class of each image')
   options = parser.parse_args(arguments)
 
-  from cvt_flax.weights import files, pretrained
+  from cvt_flax.weights import pretrained
 
   if options.csv == '':
     raise UserError('--csv=: the name of a file is needed')
   if options.csv:
-    options.csv = files.local_path(options.csv)
-    files.check_new(options.csv)
+    options.csv = storage.local_path(options.csv)
+    storage.check_new(options.csv)
   _check(options.images, options.top, options.image_size, options.batch_size)
   weights = pretrained.load(options.weights)
   for note in weights.notes:  # not on the standard output, which may be read by a program
     print(f'note: {note}', file=sys.stderr)
   predictions = predict_images(
-    weights, options.images, options.top, options.image_size, options.batch_size
+    weights,
+    options.images,
+    options.top,
+    options.image_size,
+    options.batch_size,
+    skip_unreadable=True,
   )
+  unreadable = []
+  readable = _readable(predictions, unreadable)
   if options.csv:
-    _write_csv(options.csv, predictions)
-    return
-  show = _show_json if options.json else _show_table
+    _write_csv(options.csv, readable)
+  else:
+    show = _show_json if options.json else _show_table
+    for prediction in readable:
+      show(prediction)
+  if unreadable:
+    raise UserError(f'{len(unreadable):,} of the images could not be read, and are left out')
+
+
+def _readable(predictions, unreadable):
+  """Yields predictions; those of images that could not be read are said, and go to a list."""
   for prediction in predictions:
-    show(prediction)
+    if prediction.error:
+      print(prediction.error, file=sys.stderr)
+      unreadable.append(prediction)
+    else:
+      yield prediction
 
 
 def _show_json(prediction):
-  print(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False), flush=True)
+  fields = dataclasses.asdict(prediction)
+  del fields['error']  # there is none
+  print(json.dumps(fields, ensure_ascii=False), flush=True)
 
 
 def _show_table(prediction):
@@ -192,9 +229,7 @@ def _show_table(prediction):
 
 
 def _write_csv(path, predictions):
-  from cvt_flax.weights import files
-
-  with files.new_path(path) as new, new.open('w', newline='', encoding='utf-8') as file:
+  with storage.new_path(path) as new, new.open('w', newline='', encoding='utf-8') as file:
     writer = csv.writer(file)
     writer.writerow(['image', 'rank', 'class', 'name', 'probability'])
     for p in predictions:

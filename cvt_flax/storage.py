@@ -6,10 +6,13 @@ appears when it is whole, here because it is renamed, there because that is how 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import platform
+import shutil
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -52,8 +55,7 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  # A name of this process alone: another, on another machine, may be writing the same.
-  temporary = path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}')
+  temporary = _temporary(path)
   with temporary.open('wb') as file:
     file.write(data)
     file.flush()
@@ -85,3 +87,63 @@ def make_folder(folder: pathlib.Path, called: str = '') -> None:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise UserError(f'{called or folder}: {e.strerror}') from e
+
+
+def local_path(place: str | pathlib.Path) -> pathlib.Path:
+  """Returns the path of a destination on this machine; a shell leaves the ~ of --csv=~/a.csv.
+
+  Raises:
+    UserError: it is in an object store, where nothing is renamed.
+  """
+  if is_remote(place):
+    raise UserError(f'{place}: a place on this machine is needed; copy it from there')
+  return pathlib.Path(os.path.expanduser(place))
+
+
+def check_new(path: pathlib.Path, folder: bool = False) -> None:
+  """Raises a UserError when there is something at `path`; for a `folder` an empty one may be."""
+  try:
+    empty = folder and path.is_dir() and not any(path.iterdir())
+    if path.is_symlink() or (path.exists() and not empty):
+      raise UserError(f'{path} exists: give another destination')
+  except OSError as e:
+    raise UserError(f'{path}: {e.strerror}') from e
+
+
+@contextlib.contextmanager
+def new_path(path: pathlib.Path, folder: bool = False) -> Iterator[pathlib.Path]:
+  """Yields a temporary name beside `path`, renamed to it when the block ends well.
+
+  When it does not, nothing is left, nor are folders that were made to hold it.
+
+  Args:
+    path: of a new file or folder.
+    folder: whether it is to be a folder, where an empty one may be.
+
+  Raises:
+    UserError: there is something at `path`, or it cannot be written.
+  """
+  check_new(path, folder)
+  path = path.absolute()
+  temporary = _temporary(path)
+  missing = [folder for folder in path.parents if not folder.exists()]
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    os.replace(temporary, path)
+    missing = []
+  except OSError as e:
+    raise UserError(f'{path} cannot be written: {e.strerror or e}') from e
+  finally:
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    elif temporary.is_file():
+      temporary.unlink()
+    for folder in missing:  # from the innermost outwards
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+  """Returns a name beside `path` of this process alone: one elsewhere may be writing the same."""
+  return path.with_name(f'.{path.name}.{platform.node()}.{os.getpid()}')

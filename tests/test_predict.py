@@ -1,6 +1,7 @@
 """predict_images and its command line, on photographs."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import re
@@ -194,7 +195,7 @@ def test_folders_and_patterns(weights, tmp_path):
   [
     (lambda p: [], 'no image is given'),
     (lambda p: [p / 'x.jpg'], r'x\.jpg: there is no such file'),
-    (lambda p: [p], 'holds no image'),
+    (lambda p: [p], r"holds no image; '/.*/\*\*/\*\.jpg' takes those in its folders"),
     (lambda p: [f'{p}/*.jpg'], r'\*\.jpg: there is no such file'),
     (lambda p: [(p / 'x.jpg').write_text('x') and p / 'x.jpg'], r'x\.jpg is not an image'),
     (
@@ -270,6 +271,33 @@ def test_csv(weights, capsys, tmp_path):
   assert [int(row['class']) for row in rows[:2]] == list(found.classes)
   with pytest.raises(UserError, match=r'p\.csv exists'):
     main(capsys, *arguments)
+
+
+@pytest.mark.parametrize('form', ['--json', '--csv', ''])
+def test_an_unreadable_image_costs_no_other_its_line(form, weights, capsys, tmp_path):
+  for name in ('a.jpg', 'c.jpg'):
+    (tmp_path / name).write_bytes(CHINA.read_bytes())
+  (tmp_path / 'b.jpg').write_text('x')
+  images = [tmp_path / f'{name}.jpg' for name in 'abc']
+  form = f'--csv={tmp_path / "p.csv"}' if form == '--csv' else form
+  options = [f'--weights={weights}', '--batch_size=1', *[form][: len(form)]]
+  with pytest.raises(UserError, match='^1 of the images could not be read, and are left out$'):
+    predict.main([*options, *map(str, images)])
+  out, err = capsys.readouterr()
+  written = (tmp_path / 'p.csv').read_text() if 'csv' in form else out
+  assert [str(path) in written for path in images] == [True, False, True]
+  assert err.startswith(f'{images[1]} is not an image')
+
+
+def test_unreadable_images_have_their_error(weights, tmp_path):
+  (tmp_path / 'b.jpg').write_text('x')
+  (alone,) = predict_images(weights, [CHINA])
+  images = [tmp_path / 'b.jpg', CHINA, tmp_path / 'b.jpg']
+  first, second, third = predict_images(weights, images, skip_unreadable=True)
+  assert second == dataclasses.replace(alone, probabilities=second.probabilities)
+  np.testing.assert_allclose(second.probabilities, alone.probabilities, rtol=1e-5)
+  assert first == third == predict.Prediction(first.image, (), (), (), first.error)
+  assert first.error.startswith(f'{tmp_path / "b.jpg"} is not an image')
 
 
 def test_a_failed_csv_leaves_nothing(weights, capsys, tmp_path):

@@ -1,5 +1,7 @@
 """Named models."""
 
+import dataclasses
+
 from cvt_flax.errors import nearest
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
@@ -91,7 +93,8 @@ def create_model(name: str, num_classes: int = 1000, **attributes) -> CvT | Comp
   if name not in variants:
     known = list_models()
     raise ValueError(f'model {name!r}: one of {", ".join(known)} is needed{nearest(name, known)}')
-  allowed = set(family.__dataclass_fields__) - {'parent', 'name', 'num_classes'}
+  fields = {field.name for field in dataclasses.fields(family)}
+  allowed = fields - {'parent', 'name', 'num_classes'}
   for attribute in attributes:
     if attribute not in allowed:
       raise ValueError(f'{name}: {unknown_attribute(family.__name__, attribute, allowed)}')

@@ -80,9 +80,7 @@ def initial_variables(
       f'init_from={source} has positions for images of {size}x{size}: '
       f'--config.image_size={size} is needed'
     )
-  layouts.check(
-    f'init_from={source}', *({'/'.join(p): s for p, s in t.items()} for t in (body, found))
-  )
+  layouts.check(f'init_from={source}', body, found)
   anew = '; the head starts anew, '
   if same_classes(names, class_names):
     anew += f'with {model.num_classes} logits in place of {classes}'

@@ -30,7 +30,7 @@ from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.training import hardware, processes, sharding
 from cvt_flax.training.signals import Signals
-from cvt_flax.weights import files, pretrained
+from cvt_flax.weights import compiled, files, pretrained
 from cvt_flax.weights.description import run_json
 from cvt_flax.weights.preprocessing import Preprocessing
 
@@ -102,7 +102,7 @@ def predict_dataset(
   images, label_names = _open(source, split, data_dir)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = pretrained.classifier(weights, image_size, dtype)
+  model, steps = compiled.classifier(weights, image_size, dtype)
   top = min(top, num_classes(model.num_classes))
   folder = storage.path_of(folder)
   job = {
@@ -187,7 +187,7 @@ def _check(top, image_size, dtype, batch_size, shard_size, workers):
     least = 0 if name in ('image_size', 'workers') else 1
     if value < least:
       raise UserError(f'{name}={value}: at least {least} is needed')
-  pretrained.check_dtype(dtype)
+  compiled.check_dtype(dtype)
 
 
 def _open(source: str, split: str, data_dir: str) -> tuple[Split, tuple[str, ...] | None]:

@@ -76,7 +76,7 @@ def from_attributes(values: Mapping, where: str) -> Model:
   """
   # 'width' is an attribute of one of the two alone.
   family = CompactViT if isinstance(values, Mapping) and 'width' in values else CvT
-  allowed = set(family.__dataclass_fields__) - set(_NOT_KEPT)
+  allowed = {field.name for field in dataclasses.fields(family)} - set(_NOT_KEPT)
   if not isinstance(values, Mapping) or values.keys() | (_ADDED & allowed) != allowed:
     names = ', '.join(sorted(allowed))
     raise UserError(f'{where}: the attributes of {family.__name__} are needed: {names}')
@@ -111,10 +111,10 @@ def build(values: Mapping, where: str, family: type[Model] = CvT) -> Model:
     raise UserError(f'{where}: {e}') from e
 
 
-def named(name: str, num_classes: int, activation: str = '') -> Model:
+def named(name: str, num_classes: int) -> Model:
   """Returns the model of that name, as `create_model`, with a UserError."""
   try:
-    return create_model(name, num_classes, **({'activation': activation} if activation else {}))
+    return create_model(name, num_classes)
   except ValueError as e:
     raise UserError(str(e)) from e
 

@@ -1,7 +1,8 @@
-"""A classifier compiled once, for any number of images."""
+"""Weights as a classifier of colour images, and one compiled once, for any number of them."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -10,10 +11,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from cvt_flax.errors import UserError
+from cvt_flax.models.compact import CompactViT
+from cvt_flax.models.cvt import CvT
 from cvt_flax.models.fold import fold
+from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.weights import pretrained
+from cvt_flax.weights.preprocessing import Preprocessing
 
 
 def compile_predict(
@@ -50,7 +55,7 @@ def compile_predict(
     raise UserError(f'batch_sizes={tuple(batch_sizes)}: numbers of images from 1 on are needed')
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = pretrained.classifier(weights, image_size, dtype)
+  model, steps = classifier(weights, image_size, dtype)
   model, variables = fold(model, weights.variables)
   variables = jax.device_put(variables)
   image = (steps.image_size, steps.image_size, 3)
@@ -96,3 +101,40 @@ def batch_size(sizes: Sequence[int], count: int) -> int:
   if 2 * count > holds:
     return holds
   return max((size for size in sizes if size <= count), default=holds)
+
+
+def classifier(
+  weights: pretrained.Weights, image_size: int = 0, dtype: str = ''
+) -> tuple[CvT | CompactViT, Preprocessing]:
+  """Returns the model that classifies colour images, and what they go through before it.
+
+  Args:
+    weights: as `load` returns them.
+    image_size: height and width, in pixels, in place of the weights' own; 0 keeps theirs.
+    dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.
+
+  Raises:
+    UserError: the model has no classifier, or is not for such images.
+  """
+  model, steps = weights.model, weights.description.preprocessing
+  if not model.num_classes:
+    raise UserError(f'{weights.source} has no classifier')
+  if model.in_channels != 3:
+    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
+  if image_size:
+    steps = dataclasses.replace(steps, image_size=image_size)
+  size = steps.image_size
+  try:
+    stages = stage_geometry(model, size, size)
+  except ValueError as e:
+    raise UserError(str(e)) from e
+  if min(min(stage.height, stage.width) for stage in stages) < 1:
+    raise UserError(f'images of {size}x{size} are too small for this model')
+  check_dtype(dtype)
+  return model.clone(dtype=jax.numpy.dtype(dtype)) if dtype else model, steps
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises a UserError where `dtype` is none that `classifier` takes."""
+  if dtype not in ('', 'float32', 'bfloat16'):
+    raise UserError(f'dtype={dtype!r}: float32 or bfloat16 is needed')

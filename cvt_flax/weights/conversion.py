@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pathlib
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import architecture, files, parity, pretrained
+from cvt_flax.weights import architecture, parity, pretrained, saving
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, Layout
 from cvt_flax.weights.preprocessing import Preprocessing
-from cvt_flax.weights.pretrained import FLAX, IN_PTH, Progress, Weights
+from cvt_flax.weights.pretrained import FLAX, Progress, Weights
 
 KINDS = (FLAX, *LAYOUTS)
 
@@ -32,7 +33,7 @@ def convert_weights(
     to: 'flax', 'official', 'huggingface', 'vit-pytorch', or for a CompactViT 'vit-from-scratch' or
       'compact-transformers'; '' is 'official' for a destination whose name ends with .pth, else
       'flax'.
-    model: a name of `list_models()`, or a model, where the weights do not say it themselves.
+    model: as for `load_pretrained`.
     activation: 'quick_gelu' or 'gelu' in place of the model's own.
     check: whether to compare logits and stage maps with PyTorch on random images, before anything
       is written.
@@ -46,15 +47,15 @@ def convert_weights(
     UserError: the source is damaged or does not fit, the destination exists or cannot hold the
       model, or PyTorch is needed and not installed. Nothing is left behind.
   """
-  destination = files.local_path(destination)
+  destination = storage.local_path(destination)
   to = to or _by_suffix(destination)
   if to not in KINDS:
     raise UserError(f'to={to!r}: one of {", ".join(KINDS)} is needed{nearest(to, KINDS)}')
   weights = pretrained.load(source, model, activation, progress)
   compared = _compared(weights, to) if check else None
-  pretrained.check_writable(weights, destination, to)
+  saving.check_writable(weights, destination, to)
   notes = list(weights.notes)
-  if to in IN_PTH:
+  if to in saving.IN_PTH:
     notes += _left_behind(weights, LAYOUTS[to])
   if to == HUGGING_FACE.name and weights.model.activation == 'quick_gelu':
     notes.append(_export_note(weights))
@@ -69,7 +70,7 @@ def convert_weights(
   }
   if compared:
     report |= _check(weights, compared)
-  pretrained.write(weights, destination, to)
+  saving.write(weights, destination, to)
   return report
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
 import os
 import pathlib
 import re
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cvt_flax import storage
 from cvt_flax.errors import UserError
+
+# A folder of weights, of Hugging Face and of ours.
+CONFIG, PREPROCESSOR = 'config.json', 'preprocessor_config.json'
+SAFETENSORS, BIN = 'model.safetensors', 'pytorch_model.bin'
 
 # Where training scripts put the state dict in a checkpoint: the authors' code, timm, Lightning.
 _STATE_KEYS = ('state_dict', 'model', 'model_state_dict')
@@ -177,7 +178,7 @@ def _state_dict(path, content, kind):
 def _without_prefixes(state):
   """Returns the state dict without what wrappers have put in front of every name."""
   for prefix in _PREFIXES:
-    if all(name.startswith(prefix) for name in state):
+    if state and all(name.startswith(prefix) for name in state):
       return _without_prefixes({name.removeprefix(prefix): t for name, t in state.items()})
   return state
 
@@ -201,7 +202,7 @@ def import_torch(purpose: str) -> Any:
 def write_safetensors(
   path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-  """Writes tensors; they are made contiguous one at a time."""
+  """Writes tensors, which are made contiguous."""
   tensors = {name: np.asarray(array, order='C') for name, array in tensors.items()}
   try:
     safetensors.numpy.save_file(tensors, path, dict(metadata))
@@ -240,54 +241,3 @@ def read_json(path: pathlib.Path) -> dict:
   if not isinstance(value, dict):
     raise UserError(f'{path} holds no JSON object')
   return value
-
-
-def local_path(place: str | pathlib.Path) -> pathlib.Path:
-  """Returns the path of a destination on this machine; a shell leaves the ~ of --csv=~/a.csv.
-
-  Raises:
-    UserError: it is in an object store, where nothing is renamed.
-  """
-  if storage.is_remote(place):
-    raise UserError(f'{place}: a place on this machine is needed; copy it from there')
-  return pathlib.Path(os.path.expanduser(place))
-
-
-def check_new(path: pathlib.Path) -> None:
-  """Raises a UserError when there is something at `path`; an empty folder may be."""
-  try:
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.is_symlink() or (path.exists() and not empty):
-      raise UserError(f'{path} exists: give another destination')
-  except OSError as e:
-    raise UserError(f'{path}: {e.strerror}') from e
-
-
-@contextlib.contextmanager
-def new_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary name beside `path`, renamed to it when the block ends well.
-
-  When it does not, nothing is left, nor are folders that were made to hold it.
-
-  Raises:
-    UserError: there is something at `path` (an empty folder may be), or it cannot be written.
-  """
-  check_new(path)
-  path = path.absolute()
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-  missing = [folder for folder in path.parents if not folder.exists()]
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    os.replace(temporary, path)
-    missing = []
-  except OSError as e:
-    raise UserError(f'{path} cannot be written: {e.strerror or e}') from e
-  finally:
-    if temporary.is_dir():
-      shutil.rmtree(temporary)
-    elif temporary.is_file():
-      temporary.unlink()
-    for folder in missing:  # from the innermost outwards
-      with contextlib.suppress(OSError):
-        folder.rmdir()

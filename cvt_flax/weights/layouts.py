@@ -28,6 +28,8 @@ Path = tuple[str, ...]  # such as ('params', 'stage0', 'patch_embed', 'proj', 'k
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 # How many batches a batch norm of PyTorch has seen. Nothing computes with it.
 _COUNTER = 'num_batches_tracked'
+# What sines that were kept in float16 or bfloat16 are off by at most.
+_ROUNDED = 2**-8
 # From our axes to PyTorch's, by their number: linear [in out], convolutions [h w in out].
 _TRANSPOSED = {2: (1, 0), 4: (3, 2, 0, 1)}
 
@@ -41,7 +43,7 @@ class Tensor:
     shape: there.
     leaves: paths of ours with their shapes; several follow each other along the first axis. A
       counter, and what is no parameter here, hold none.
-    constant: what it holds then.
+    constant: what it holds then. A counter may hold any number.
   """
 
   name: str
@@ -193,9 +195,29 @@ class Layout:
     leaves = {}
     for name in shapes:
       tensor = read(name)
-      check_numbers(source, name, tensor, counter=not tensors[name].leaves)
+      counter = name.endswith(f'.{_COUNTER}')
+      check_numbers(source, name, tensor, counter)
+      if not (counter or tensors[name].leaves):
+        _check_sines(source, name, tensor, tensors[name].constant)
       leaves |= tensors[name].unpack(tensor)
     return {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
+
+
+def unpack_own(
+  model: CvT | CompactViT,
+  shapes: Mapping[str, tuple[int, ...]],
+  read: Callable[[str], np.ndarray],
+  source: str,
+) -> dict:
+  """As `Layout.unpack`, of tensors that have our names and axes."""
+  paths = leaf_shapes(model)
+  check(source, paths, shapes)
+  leaves = {}
+  for path in paths:
+    tensor = read('/'.join(path))
+    check_numbers(source, '/'.join(path), tensor)
+    leaves[path] = np.array(tensor, np.float32)
+  return {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
 
 
 # lib/models/cls_cvt.py of github.com/microsoft/CvT.
@@ -352,18 +374,24 @@ def check_size(source: str, model: CvT | CompactViT, tensors: int) -> None:
 
 
 def check(
-  source: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+  source: str,
+  expected: Mapping[str | Path, tuple[int, ...]],
+  found: Mapping[str | Path, tuple[int, ...]],
 ) -> None:
   """Checks that names and shapes are those that are expected; counters may be missing.
 
   Args:
     source: where the tensors are, for the message.
-    expected: {name: shape} of the model.
-    found: {name: shape} of the source.
+    expected: {name or path: shape} of the model.
+    found: {name or path: shape} of the source.
 
   Raises:
     UserError: listing all that is missing, left over or of another shape.
   """
+  expected, found = (
+    {name if isinstance(name, str) else '/'.join(name): shape for name, shape in each.items()}
+    for each in (expected, found)
+  )
   missing = [n for n in expected if n not in found and not n.endswith(f'.{_COUNTER}')]
   left_over = [n for n in found if n not in expected]
   misfits = [
@@ -388,6 +416,15 @@ def check_numbers(source: str, name: str, tensor: np.ndarray, counter: bool = Fa
   """Raises a UserError when a tensor is not of floating-point numbers; a counter may be."""
   if not counter and tensor.dtype.kind in 'iu':
     raise UserError(f'{source}: {name} is of {tensor.dtype}, and no parameter is an integer')
+
+
+def _check_sines(source, name, tensor, table):
+  """Raises a UserError when a tensor holds other positions than the sines that a model adds."""
+  if not np.allclose(np.asarray(tensor, np.float32), table, atol=_ROUNDED):
+    raise UserError(
+      f"{source}: {name} holds learnt positions, and the model adds sines: position='learnable' "
+      'is needed'
+    )
 
 
 def _few(names, most=8):

@@ -1,4 +1,4 @@
-"""Weights in and out, whatever they are kept in."""
+"""Weights in, whatever they are kept in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,29 +17,24 @@ from cvt_flax import storage
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
-from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.weights import (
   architecture,
   compact,
   description,
   files,
+  hub,
   huggingface_config,
   layouts,
   preprocessing,
   run_folder,
 )
 from cvt_flax.weights.description import Description
-from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, Layout
+from cvt_flax.weights.files import BIN, CONFIG, PREPROCESSOR, SAFETENSORS
+from cvt_flax.weights.layouts import HUGGING_FACE, Layout
 from cvt_flax.weights.preprocessing import Preprocessing
 
 # What weights are kept in, besides the layouts: a folder of ours, and a run folder.
 FLAX, RUN = 'flax', 'run'
-
-# Layouts that are written as .pth files; the others are folders.
-IN_PTH = (OFFICIAL.name, VIT_PYTORCH.name, *compact.LAYOUTS)
-
-_CONFIG, _PREPROCESSOR = 'config.json', 'preprocessor_config.json'
-_SAFETENSORS, _BIN = 'model.safetensors', 'pytorch_model.bin'
 
 # Weights that come along, each a folder of `save_pretrained` and a README.
 _TRAINED = pathlib.Path(__file__).parent / 'trained'
@@ -99,7 +94,8 @@ def load(
       transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
       'hf:NAME' or 'hf:NAME@REVISION' (through huggingface_hub), a run folder: its best checkpoint,
       or a name of `list_pretrained()`.
-    model: a name of `list_models()`, or a model, in place of what the weights say themselves.
+    model: a name of `list_models()`, or a model, in place of what the weights say themselves. A
+      name leaves them their number of classes and their activation.
     activation: 'quick_gelu' or 'gelu' in place of the model's own.
     progress: called as progress(done, total) in parameters.
 
@@ -115,7 +111,7 @@ def load(
   if not source:
     raise UserError('the weights: a file, a folder or hf:NAME is needed')
   if source.startswith('hf:'):
-    return _load_folder(_download(source[3:]), source, model, activation, progress)
+    return _load_folder(hub.download(source[3:]), source, model, activation, progress)
   path = storage.path_of(source)
   if not path.exists() and source in list_pretrained():
     path = _TRAINED / source
@@ -127,18 +123,23 @@ def load(
     raise UserError(
       f'{path}: there is no such file or folder{close or "."} hf:NAME is for models of Hugging Face'
     )
-  if path.is_file() and path.name in (_SAFETENSORS, _BIN) and (path.parent / _CONFIG).is_file():
-    path = path.parent
   if path.is_dir():
     return _load_folder(path, source, model, activation, progress)
+  described = (path.parent / CONFIG).is_file()
+  if described and path.name in (SAFETENSORS, BIN):
+    return _load_folder(path.parent, source, model, activation, progress, path.name)
   file, heads = compact.merge_heads(files.open_tensors(path))
   layout = architecture.layout_of(file.shapes, source)
+  if layout is HUGGING_FACE and described:
+    return _load_folder(path.parent, source, model, activation, progress, path.name)
   if layout is HUGGING_FACE:
-    raise UserError(f'{path} is of Hugging Face, and {_CONFIG} has to stand beside it')
-  found = _override(
+    raise UserError(f'{path} is of Hugging Face, and {CONFIG} has to stand beside it')
+  found = _chosen(
     lambda: architecture.read(layout, file.shapes, source, heads),
     model,
     architecture.num_classes(layout, file.shapes),
+    layout.activation,
+    activation,
   )
   notes = []
   names = ()
@@ -160,45 +161,7 @@ def load(
     if steps is None:
       steps = Preprocessing()
       notes.append('no image size in the name of the file: 224x224 is taken')
-  found = architecture.with_activation(found, activation)
   return _read(file, layout, Description(found, names, steps), layout.name, source, notes, progress)
-
-
-def classifier(
-  weights: Weights, image_size: int = 0, dtype: str = ''
-) -> tuple[CvT | CompactViT, Preprocessing]:
-  """Returns the model that classifies colour images, and what they go through before it.
-
-  Args:
-    weights: as `load` returns them.
-    image_size: height and width, in pixels, in place of the weights' own; 0 keeps theirs.
-    dtype: 'float32' or 'bfloat16', to compute in; '' is the model's own.
-
-  Raises:
-    UserError: the model has no classifier, or is not for such images.
-  """
-  model, steps = weights.model, weights.description.preprocessing
-  if not model.num_classes:
-    raise UserError(f'{weights.source} has no classifier')
-  if model.in_channels != 3:
-    raise UserError(f'{weights.source} takes images of {model.in_channels} channels, not of 3')
-  if image_size:
-    steps = dataclasses.replace(steps, image_size=image_size)
-  size = steps.image_size
-  try:
-    stages = stage_geometry(model, size, size)
-  except ValueError as e:
-    raise UserError(str(e)) from e
-  if min(min(stage.height, stage.width) for stage in stages) < 1:
-    raise UserError(f'images of {size}x{size} are too small for this model')
-  check_dtype(dtype)
-  return model.clone(dtype=jax.numpy.dtype(dtype)) if dtype else model, steps
-
-
-def check_dtype(dtype: str) -> None:
-  """Raises a UserError where `dtype` is none that `classifier` takes."""
-  if dtype not in ('', 'float32', 'bfloat16'):
-    raise UserError(f'dtype={dtype!r}: float32 or bfloat16 is needed')
 
 
 def list_pretrained() -> list[str]:
@@ -219,7 +182,8 @@ def load_pretrained(
       transformers or of vit-from-scratch, a folder of Hugging Face or of `save_pretrained`,
       'hf:NAME' or 'hf:NAME@REVISION' (downloaded by huggingface_hub), a run folder: its best
       checkpoint, or a name of `list_pretrained()`.
-    model: a name of `list_models()`, or a model, where the weights do not say it themselves.
+    model: a name of `list_models()`, or a model, in place of what the weights say themselves. A
+      name leaves them their number of classes and their activation.
     activation: 'quick_gelu' or 'gelu' in place of the model's own. Hugging Face computes 'gelu'.
 
   Raises:
@@ -232,107 +196,35 @@ def load_pretrained(
   return weights.model, jax.tree.map(jax.numpy.asarray, weights.variables)
 
 
-def save_pretrained(
-  folder: str | pathlib.Path,
-  model: CvT | CompactViT,
-  variables: Mapping,
-  class_names: tuple[str, ...] = (),
-  preprocessing: Preprocessing | None = None,
-) -> None:
-  """Writes model.safetensors, config.json and preprocessor_config.json to a new folder.
-
-      weights = load_weights('CvT-13-384x384-IN-1k.pth')
-      known = weights.description
-      save_pretrained('tuned/', weights.model, tuned, known.class_names, known.preprocessing)
+def _chosen(
+  read: Callable[[], CvT | CompactViT],
+  model: str | CvT | CompactViT,
+  num_classes: int,
+  own_activation: str,
+  activation: str,
+) -> CvT | CompactViT:
+  """Returns the model of weights.
 
   Args:
-    folder: to be made; the three appear in it together.
-    model: the network.
-    variables: {'params', 'batch_stats'}.
-    class_names: what the logits stand for; () where that is not known.
-    preprocessing: what images go through before; None for the authors' at 224, or at the size of a
-      CompactViT.
-
-  Raises:
-    UserError: the folder exists, or the variables are not those of the model.
+    read: returns what they say themselves.
+    model: what is given in its place, a name or the model; or ''.
+    num_classes: of the weights, which a name does not say.
+    own_activation: of the weights, which a name does not say.
+    activation: what is given in its place; or ''.
   """
-  if preprocessing is None:
-    compact_size = isinstance(model, CompactViT) and model.image_size
-    preprocessing = Preprocessing(compact_size or Preprocessing.image_size)
-  known = Description(model, tuple(class_names), preprocessing)
-  weights = Weights(known, dict(variables), FLAX, 'the tree of variables')
-  write(weights, files.local_path(folder), FLAX)
-
-
-def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
-  """Writes weights to a new folder ('flax', 'huggingface') or file (any other layout).
-
-  Raises:
-    UserError: there is something at `path`; the layout cannot hold the model; the variables are not
-      those of the model.
-  """
-  known = weights.description
-  leaves = {p: np.asarray(x) for p, x in traverse_util.flatten_dict(weights.variables).items()}
-  shapes = layouts.leaf_shapes(known.model)
-  layouts.check(weights.source, _joined(shapes), _joined({p: x.shape for p, x in leaves.items()}))
-  check_writable(weights, path, kind)
-  if kind == FLAX:
-    with files.new_path(path) as folder:
-      folder.mkdir()
-      tensors = {name: leaves[p] for name, p in zip(_joined(shapes), shapes, strict=True)}
-      files.write_safetensors(folder / _SAFETENSORS, tensors, {'format': 'flax'})
-      _write_configs(folder, description.config_json(known), known)
-    return
-  layout = LAYOUTS[kind]
-  tensors = layout.pack(known.model, weights.variables)
-  with files.new_path(path) as new:
-    if layout is not HUGGING_FACE:
-      files.write_pytorch(new, tensors)
-      return
-    new.mkdir()
-    files.write_safetensors(new / _SAFETENSORS, tensors, {'format': 'pt'})  # transformers asks
-    names = known.class_names or tuple(f'LABEL_{i}' for i in range(known.model.num_classes))
-    config = huggingface_config.from_model(known.model) | {
-      'id2label': description.id2label(names),
-      'label2id': {name: i for i, name in enumerate(names)},
-    }
-    _write_configs(new, config, known)
-
-
-def check_writable(weights: Weights, path: pathlib.Path, kind: str) -> None:
-  """Checks what `write` can check before it works.
-
-  Raises:
-    UserError: there is something at `path`, or the layout cannot hold the model.
-  """
-  files.check_new(path)
-  if kind != FLAX:
-    architecture.check_expressible(LAYOUTS[kind], weights.model)
-    if weights.model.num_classes == 1:  # whoever reads it would take a softmax over one logit
-      raise UserError(f'the layout {kind!r} has a logit for each class, and this model one for two')
-  if kind in IN_PTH:
-    files.import_torch(f'to write {path}')
-  if kind == HUGGING_FACE.name:
-    preprocessing.check_huggingface(weights.description.preprocessing)
-
-
-def _write_configs(folder, config, known):
-  files.write_json(folder / _CONFIG, config)
-  files.write_json(folder / _PREPROCESSOR, preprocessing.to_json(known.preprocessing))
-
-
-def _override(read, model, num_classes):
-  """Returns the model that is given, by its name or as such; else what `read` returns."""
   match model:
     case '':
-      return read()
+      found = read()
     case str():
-      return architecture.named(model, num_classes)
+      named = architecture.named(model, num_classes)
+      found = architecture.with_activation(named, own_activation)
     case _:
-      return model
+      found = model
+  return architecture.with_activation(found, activation)
 
 
-def _load_folder(folder, source, model, activation, progress):
+def _load_folder(folder, source, model, activation, progress, tensors=''):
+  """Reads a folder; `tensors` is the file in it, where one was given."""
   if (folder / run_folder.DESCRIPTION).is_file():
     return _load_run(folder, source, model, activation)
   if (folder / run_folder.CHECKPOINTS).is_dir():
@@ -340,41 +232,41 @@ def _load_folder(folder, source, model, activation, progress):
       f'{source} is a run folder without {run_folder.DESCRIPTION}: the training that made it, '
       'started again, writes that'
     )
-  if not (folder / _CONFIG).is_file():
+  if not (folder / CONFIG).is_file():
     holds = ', '.join(sorted(p.name for p in folder.iterdir())[:5]) or 'nothing'
     raise UserError(
-      f'{source} holds {holds}: {_CONFIG} with {_SAFETENSORS} or {_BIN} is needed, or a run folder'
+      f'{source} holds {holds}: {CONFIG} with {SAFETENSORS} or {BIN} is needed, or a run folder'
     )
-  config = files.read_json(folder / _CONFIG)
-  known = (folder / _PREPROCESSOR).is_file()
-  steps = files.read_json(folder / _PREPROCESSOR) if known else {}
-  notes = [] if known else [f'no {_PREPROCESSOR}: images of 224x224, cropped, are taken']
-  where = str(folder / _CONFIG)
+  config = files.read_json(folder / CONFIG)
+  known = (folder / PREPROCESSOR).is_file()
+  steps = files.read_json(folder / PREPROCESSOR) if known else {}
+  notes = [] if known else [f'no {PREPROCESSOR}: images of 224x224, cropped, are taken']
+  where = str(folder / CONFIG)
   if config.get('library_name') == description.LIBRARY:
-    file = _tensors_of(folder, (_SAFETENSORS,))
-    found = description.from_json(config, steps, where, str(folder / _PREPROCESSOR))
-    classes = found.model.num_classes
-    given = _override(lambda: found.model, model, classes)
-    given = architecture.with_activation(given, activation)
-    found = dataclasses.replace(found, model=given)
+    file = _tensors_of(folder, (tensors or SAFETENSORS,))
+    found = description.from_json(config, steps, where, str(folder / PREPROCESSOR))
+    found = dataclasses.replace(found, model=_replaced(found.model, model, activation))
     return _read(file, None, found, FLAX, source, notes, progress)
   if config.get('model_type') != 'cvt':
     raise UserError(f"{where}: model_type={config.get('model_type')!r}: only 'cvt' can be read")
-  file = _tensors_of(folder, (_SAFETENSORS, _BIN))
+  file = _tensors_of(folder, (tensors,) if tensors else (SAFETENSORS, BIN))
   classes = architecture.num_classes(HUGGING_FACE, file.shapes)
   if not classes:
     raise UserError(f'{source} has no classifier: only CvtForImageClassification can be read')
   own = config.get('activation', 'gelu')
-  given = _override(lambda: huggingface_config.to_model(config, classes, where), model, classes)
-  if isinstance(model, str):  # a name says nothing of it, a CvT does
-    given = architecture.with_activation(given, activation or own)
-  else:
-    given = architecture.with_activation(given, activation)
+  given = _chosen(
+    lambda: huggingface_config.to_model(config, classes, where), model, classes, own, activation
+  )
   if given.activation == 'gelu' and not ('activation' in config or activation):
     notes.append(_GELU_NOTE)
-  steps = preprocessing.from_json(steps, str(folder / _PREPROCESSOR))
+  steps = preprocessing.from_json(steps, str(folder / PREPROCESSOR))
   found = description.described(given, config, where, steps)
   return _read(file, HUGGING_FACE, found, HUGGING_FACE.name, source, notes, progress)
+
+
+def _replaced(own, model, activation):
+  """Returns `_chosen` of weights that are kept with their model."""
+  return _chosen(lambda: own, model, own.num_classes, own.activation, activation)
 
 
 def _tensors_of(folder, names):
@@ -389,8 +281,7 @@ def _load_run(folder, source, model, activation):
   path = folder / run_folder.DESCRIPTION
   config = files.read_json(path)
   found = description.from_json(config, config.get('preprocessor'), str(path), str(path))
-  given = _override(lambda: found.model, model, found.model.num_classes)
-  given = architecture.with_activation(given, activation)
+  given = _replaced(found.model, model, activation)
   variables, step, averaged = run_folder.restore_best(folder, given, source)
   variables = jax.tree.map(np.asarray, variables)
   _check_finite(source, variables)
@@ -419,14 +310,7 @@ def _read(
       return file.read(name)
 
   if layout is None:
-    shapes = layouts.leaf_shapes(known.model)
-    layouts.check(source, _joined(shapes), file.shapes)
-    leaves = {}
-    for path in shapes:
-      tensor = read('/'.join(path))
-      layouts.check_numbers(source, '/'.join(path), tensor)
-      leaves[path] = np.array(tensor, np.float32)
-    variables = {'batch_stats': {}} | traverse_util.unflatten_dict(leaves)
+    variables = layouts.unpack_own(known.model, file.shapes, read, source)
   else:
     # Any activation: it does not show in tensors.
     architecture.check_expressible(
@@ -439,38 +323,8 @@ def _read(
 
 
 def _check_finite(source, variables):
-  leaves = {'/'.join(p): x for p, x in traverse_util.flatten_dict(variables).items()}
+  leaves = traverse_util.flatten_dict(variables, sep='/')
   damaged = [name for name, x in leaves.items() if not np.isfinite(x).all()]
   if damaged:
     more = f', and {len(damaged) - 3} more' if len(damaged) > 3 else ''
     raise UserError(f'{source} holds values that are not finite: {", ".join(damaged[:3])}{more}')
-
-
-def _joined(leaves):
-  return {'/'.join(path): value for path, value in leaves.items()}
-
-
-def _download(name: str) -> pathlib.Path:
-  """Returns the folder of a model of Hugging Face, NAME or NAME@REVISION, fetched or cached."""
-  try:
-    import huggingface_hub
-    from huggingface_hub import errors
-  except ImportError as e:
-    raise UserError(f'hf:{name} needs a package: pip install huggingface_hub') from e
-  repository, _, revision = name.partition('@')
-  found = None
-  try:
-    for file in (_CONFIG, _PREPROCESSOR, _SAFETENSORS, _BIN):
-      if file == _BIN and (found / _SAFETENSORS).is_file():
-        break
-      try:
-        path = huggingface_hub.hf_hub_download(repository, file, revision=revision or None)
-        found = pathlib.Path(path).parent
-      except errors.LocalEntryNotFoundError:  # not in the cache, and out of reach
-        raise
-      except errors.EntryNotFoundError:  # there, and without such a file
-        if file == _CONFIG:
-          raise
-  except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-    raise UserError(f'hf:{name}: {" ".join(str(e).split())[:300]}') from e
-  return found

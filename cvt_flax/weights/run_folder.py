@@ -133,7 +133,7 @@ def restore_best(
     saved = _shapes(storage.absolute(checkpoints) / str(step) / name)
     layouts.check_size(source, model, len(saved))
     shapes = layouts.leaf_shapes(model)
-    layouts.check(source, *({'/'.join(p): s for p, s in t.items()} for t in (shapes, saved)))
+    layouts.check(source, shapes, saved)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {'batch_stats': {}} | traverse_util.unflatten_dict(
       {p: jax.ShapeDtypeStruct(s, np.float32, sharding=device) for p, s in shapes.items()}

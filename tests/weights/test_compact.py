@@ -95,6 +95,13 @@ def test_sines_are_a_tensor_of_pytorch(module, tmp_path, peer):
   assert 'position sine' in architecture.unsaid(COMPACT_TRANSFORMERS, model)
 
 
+def test_learnt_positions_are_not_taken_for_sines(tmp_path):
+  model = CCT.clone(position='learnable')
+  path = written(tmp_path / 'w', COMPACT_TRANSFORMERS.pack(model, drawn_variables(model)))
+  with pytest.raises(UserError, match=r"positional_emb holds learnt positions.*'learnable'"):
+    pretrained.load(path, model.clone(position='sine'))
+
+
 @pytest.mark.parametrize('name', ['cct-2/3x2', 'cct-7/3x1'])
 def test_named_models_are_read_from_their_tensors(name):
   model = create_model(name, 7)

@@ -294,62 +294,6 @@ def test_json(content, message, tmp_path):
     files.read_json(tmp_path / 'c.json')
 
 
-def test_new_paths_appear_when_they_are_whole(tmp_path):
-  with files.new_path(tmp_path / 'a' / 'w') as path:
-    path.mkdir()
-    (path / 'x').write_text('x')
-    assert not (tmp_path / 'a' / 'w').exists()
-  assert [p.name for p in (tmp_path / 'a').iterdir()] == ['w']
-
-
-@pytest.mark.parametrize('folder', [True, False])
-def test_a_failure_leaves_nothing(folder, tmp_path):
-  with pytest.raises(ZeroDivisionError), files.new_path(tmp_path / 'w') as path:
-    path.mkdir() if folder else path.write_text('half')
-    1 / 0  # noqa: B018
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_failure_leaves_no_folders_that_were_made_for_it(tmp_path):
-  (tmp_path / 'mine').mkdir()
-  with pytest.raises(ZeroDivisionError), files.new_path(tmp_path / 'mine' / 'a' / 'b' / 'w'):
-    1 / 0  # noqa: B018
-  assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*')] == ['mine']
-
-
-def test_the_working_directory_may_be_filled(tmp_path, monkeypatch):
-  (tmp_path / 'w').mkdir()
-  monkeypatch.chdir(tmp_path / 'w')
-  with files.new_path(pathlib.Path('.')) as path:
-    path.mkdir()
-    (path / 'x').write_text('x')
-  assert (tmp_path / 'w' / 'x').exists()
-
-
-def test_nothing_is_written_over(tmp_path):
-  (tmp_path / 'w').write_text('mine')
-  with pytest.raises(UserError, match='w exists'), files.new_path(tmp_path / 'w'):
-    pass
-  assert (tmp_path / 'w').read_text() == 'mine'
-
-
-@pytest.mark.parametrize('place', ['gs://bucket/weights', 's3://bucket/weights.pth'])
-def test_an_object_store_is_not_written_to_as_a_folder(place):
-  with pytest.raises(UserError, match=f'^{place}: a place on this machine is needed'):
-    files.local_path(place)
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-  (tmp_path / 'w').mkdir()
-  with files.new_path(tmp_path / 'w') as path:
-    path.mkdir()
-    (path / 'x').write_text('x')
-  assert (tmp_path / 'w' / 'x').exists()
-  with pytest.raises(UserError, match='w exists'), files.new_path(tmp_path / 'w'):
-    pass
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot be written'), files.new_path(tmp_path / 'file' / 'w'):
-    pass
+def test_a_file_without_tensors(tmp_path):
+  (tmp_path / 'w').write_bytes((2).to_bytes(8, 'little') + b'{}')
+  assert files.open_tensors(tmp_path / 'w').shapes == {}

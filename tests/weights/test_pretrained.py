@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cvt_flax import CvT, load_pretrained, load_weights, save_pretrained
+from cvt_flax import CvT, create_model, load_pretrained, load_weights, save_pretrained
 from cvt_flax.errors import UserError
 from cvt_flax.models.options import resolve
-from cvt_flax.weights import description, files, pretrained
+from cvt_flax.weights import description, files, pretrained, saving
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.layouts import HUGGING_FACE, OFFICIAL, VIT_PYTORCH
 from cvt_flax.weights.preprocessing import Preprocessing, official
@@ -48,7 +48,7 @@ def huggingface(tmp_path):
   weights = pretrained.Weights(
     Description(GELU_MODEL, NAMES, official(224)), drawn_variables(GELU_MODEL), 'flax', 'here'
   )
-  pretrained.write(weights, tmp_path / 'hf', 'huggingface')
+  saving.write(weights, tmp_path / 'hf', 'huggingface')
   change(tmp_path / 'hf' / 'config.json', activation=None)
   return tmp_path / 'hf'
 
@@ -157,6 +157,28 @@ def test_pytorch_model_bin(huggingface, peer):
   (huggingface / 'model.safetensors').unlink()
   files.write_pytorch(huggingface / 'pytorch_model.bin', state_dict(HUGGING_FACE))
   assert_same_bytes(pretrained.load(huggingface).variables, drawn_variables(GELU_MODEL))
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'best.safetensors'])
+def test_the_file_that_is_named_is_the_one_that_is_read(name, huggingface, peer):
+  state = state_dict(HUGGING_FACE)
+  state['classifier.bias'] = state['classifier.bias'] + 1
+  if name.endswith('.bin'):
+    peer('torch')
+    files.write_pytorch(huggingface / name, state)
+  else:
+    files.write_safetensors(huggingface / name, state, {})
+  bias = pretrained.load(huggingface).variables['params']['head']['bias']
+  weights = pretrained.load(huggingface / name)
+  np.testing.assert_array_equal(weights.variables['params']['head']['bias'], bias + 1)
+  assert weights.description.class_names == NAMES
+
+
+def test_a_name_leaves_weights_their_activation(tmp_path):
+  model = create_model('cvt-nano', 5, activation='gelu')
+  save_pretrained(tmp_path / 'w', model, drawn_variables(model))
+  assert pretrained.load(tmp_path / 'w', 'cvt-nano').model == model
+  assert pretrained.load(tmp_path / 'w', 'cvt-nano', 'quick_gelu').model.activation == 'quick_gelu'
 
 
 def test_names_of_transformers_own_making_are_none(huggingface):
@@ -370,7 +392,7 @@ def test_preprocessing_that_transformers_does_not_have(size, crop, tmp_path):
   known = Description(GELU_MODEL, (), Preprocessing(size, crop))
   weights = pretrained.Weights(known, drawn_variables(GELU_MODEL), 'flax', 'here')
   with pytest.raises(UserError, match=f'images of {size} pixels'):
-    pretrained.write(weights, tmp_path / 'w', 'huggingface')
+    saving.write(weights, tmp_path / 'w', 'huggingface')
 
 
 @pytest.mark.parametrize('size', [{'shortest_edge': 96}, 96])
