@@ -6,6 +6,8 @@
 Food-11 is eleven kinds of food (https://www.epfl.ch/labs/mmspg/downloads/food-image-datasets/), in
 folders food11/training/CLASS, food11/validation/CLASS and food11/evaluation/CLASS; elsewhere it is
 --config.source=folder:DIR. These three splits are used as they are: evaluation is the test split.
+The archive has no folders of classes, but names, CLASS_NUMBER.jpg: --config.source=csv:FILE takes a
+list of them, with the columns path, label and split.
 
 WEIGHTS and the variants, full and frozen, are those of configs/transfer_folder.py. Not run here.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import sys
 import time
 import zipfile
 from collections import Counter
@@ -200,7 +201,9 @@ def draw_attention(
   if not isinstance(weights, Weights):
     weights = pretrained.load(weights)
   steps = weights.description.preprocessing
-  pixels = np.stack([_read(path, steps) for path in paths])
+  pixels = np.stack(
+    [images.read(path, steps.image_size, steps.crop_ratio) for path in map(pathlib.Path, paths)]
+  )
   found = [a for a in pictures.attended(weights, pixels) if not a.single]
   shown, captions = [], []
   for i, image in enumerate(pixels):
@@ -214,14 +217,6 @@ def draw_attention(
   figure = figures.gallery(LIGHT, shown, captions, columns=1 + len(found), side=2.0)
   figure.set(dpi=_DPI, facecolor='white')
   return figure
-
-
-def _read(path, steps):
-  try:
-    data = pathlib.Path(path).read_bytes()
-  except OSError as e:
-    raise UserError(f'{path}: {e.strerror}') from e
-  return images.prepare(data, str(path), steps.image_size, steps.crop_ratio)
 
 
 def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
@@ -238,8 +233,9 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
   # One scale, to compare them; what is less than a tenth is to look small.
   end = 1.15 * max(0.1, *(max(found.probabilities) for found in predictions))
   for (left, right), found in zip(grid, predictions, strict=True):
-    data = pathlib.Path(found.image).read_bytes()
-    left.imshow(np.asarray(images.decode(data, found.image)))
+    left.imshow(
+      np.asarray(images.decode(images.read_bytes(pathlib.Path(found.image)), found.image))
+    )
     left.set_axis_off()
     figures.draw_bars(right, LIGHT, found.names, found.probabilities)
     figures.clear_axes(right, LIGHT)
@@ -252,7 +248,7 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
 class LiveCurves:
   """Loss and accuracy of a run while it trains: `train(config, watch=LiveCurves())`.
 
-  Redraws one figure of the notebook, at most once a second; a script has none, and gets nothing.
+  Redraws one figure of the notebook, at most once a second; where there is none, it does nothing.
   """
 
   def __init__(self):
@@ -284,11 +280,11 @@ class LiveCurves:
     return figure
 
   def _show(self):
-    try:
-      from IPython import get_ipython
-      from IPython.display import display
-    except ImportError as e:
-      raise UserError('LiveCurves draws in a notebook, with IPython: pip install ipython') from e
+    if 'IPython' not in sys.modules:  # which runs every notebook
+      return
+    from IPython import get_ipython
+    from IPython.display import display
+
     if get_ipython() is None:
       return
     if self._handle is None:
@@ -337,8 +333,9 @@ def trace_steps(folder: str | pathlib.Path) -> Iterator[Callable[[dict], None]]:
       with trace_steps('profile') as watch:
         train(config, watch=watch)
 
-  These are config.log_every steps, after what is compiled and before an evaluation. XProf
-  (pip install xprof), TensorBoard with its plugin, and ui.perfetto.dev show what is written.
+  These are config.log_every steps of a run that begins, after what is compiled; an evaluation that
+  is due among them is in the trace too. XProf (pip install xprof), TensorBoard with its plugin, and
+  ui.perfetto.dev show what is written.
 
   Args:
     folder: for the trace.
@@ -350,7 +347,9 @@ def trace_steps(folder: str | pathlib.Path) -> Iterator[Callable[[dict], None]]:
 
   def watch(line):
     nonlocal traced
-    if traced == 'not yet' and 'train/loss' in line:
+    if 'train/loss' not in line:
+      return
+    if traced == 'not yet':
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # every call of Python: much, and it says little
       jax.profiler.start_trace(str(folder), profiler_options=options, create_perfetto_trace=True)

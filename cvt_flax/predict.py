@@ -81,20 +81,13 @@ def predict_images(
   names = weights.description.class_names
   predict = compiled.compile_predict(weights, [min(batch_size, len(paths))], image_size)
 
-  def read(path):
-    try:
-      data = path.read_bytes()
-    except OSError as e:
-      raise UserError(f'{path}: {e.strerror}') from e
-    return pictures.prepare(data, str(path), steps.image_size, steps.crop_ratio)
-
   def predictions():
     for start in range(0, len(paths), batch_size):
       pixels, errors = [], {}
       part = paths[start : start + batch_size]
       for path in part:
         try:
-          pixels.append(read(path))
+          pixels.append(pictures.read(path, steps.image_size, steps.crop_ratio))
         except UserError as e:
           if not skip_unreadable:
             raise

@@ -25,6 +25,12 @@ def columns() -> int:
   return min(shutil.get_terminal_size().columns, _WIDEST)
 
 
+def say(stream: TextIO, text: str) -> None:
+  """Shows a line that stays, in place of one that is written over where there is one."""
+  stream.write(f'\r\x1b[K{text}\n' if is_terminal(stream) else f'{text}\n')
+  stream.flush()
+
+
 def write_over(stream: TextIO, text: str) -> None:
   """Shows a line in place of the terminal's last; cut to its width, as no part of it may wrap."""
   stream.write(f'\r\x1b[K{text[: columns() - 1]}')

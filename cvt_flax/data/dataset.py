@@ -66,6 +66,10 @@ class Split(abc.ABC):
     """Returns many examples, which some sources read faster together than one by one."""
     return [self[i] for i in indices]
 
+  def name_of(self, index: int) -> str:
+    """Returns what the example of that `Example.index` is called, as `Example.name`."""
+    return f'{self.name} #{index}'
+
   @abc.abstractmethod
   def _read(self, index: int) -> Example:
     """Returns the example at `index`, which exists."""
@@ -134,6 +138,9 @@ class Subset(Split):
 
   def __len__(self) -> int:
     return len(self.indices)
+
+  def name_of(self, index: int) -> str:
+    return self.split.name_of(index)
 
   def _read(self, index: int) -> Example:
     return self.split[self.indices[index]]

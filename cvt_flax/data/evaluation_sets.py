@@ -113,6 +113,9 @@ class _Renumbered(Split):
   def __len__(self) -> int:
     return len(self.split)
 
+  def name_of(self, index: int) -> str:
+    return self.split.name_of(index)
+
   def _read(self, index: int) -> Example:
     return self._renumbered(self.split[index])
 

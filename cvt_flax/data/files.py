@@ -94,6 +94,9 @@ class FileSplit(Split):
     name = zlib.decompress(self.blocks[block]).split(b'\0')[place]
     return os.path.join(self.root, os.fsdecode(name))
 
+  def name_of(self, index: int) -> str:
+    return self.path(index)
+
   def digest(self) -> str:
     # Of the names, not of the blocks: another zlib compresses otherwise.
     return sha256(itertools.chain([self.labels], map(zlib.decompress, self.blocks)))

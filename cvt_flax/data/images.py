@@ -5,6 +5,7 @@ numbers that the published weights reach.
 """
 
 import io
+import pathlib
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -70,6 +71,19 @@ def check_read(data: bytes | np.ndarray | OSError, name: str) -> None:
   """Raises a UserError for an image that could not be read; the arguments are `decode`'s."""
   if isinstance(data, OSError):
     raise UserError(f'cannot read {name}: {data.strerror}')
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  """Returns what a file holds; one that cannot be read is a UserError that names it."""
+  try:
+    return path.read_bytes()
+  except OSError as e:
+    raise UserError(f'{path}: {e.strerror}') from e
+
+
+def read(path: pathlib.Path, size: int, crop_ratio: float) -> np.ndarray:
+  """Reads an image file and `prepare`s it."""
+  return prepare(read_bytes(path), str(path), size, crop_ratio)
 
 
 def prepare(

@@ -6,6 +6,8 @@ import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from cvt_flax.report import figures, markup, records, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
@@ -44,6 +46,7 @@ def sections(groups: Sequence[Group], folder: pathlib.Path) -> Iterator[str]:
   seeds = [f'{g.name}: {_seeds(g)}' for g in groups if len(g.runs) > 1]
   yield markup.heading(title, *seeds)
   yield _results(groups)
+  yield _sizes(groups)
   tests = [*_paired_tests(groups), *_mcnemar(groups)]
   if tests:
     yield markup.section('Is it chance?', *tests)
@@ -99,6 +102,23 @@ def _results(groups):
     head = ['run', *(name for _, name, _ in found)]
     parts.append(markup.details('every run', markup.table(head, each)))
   return markup.section('Results', *parts)
+
+
+def _sizes(groups):
+  rows = []
+  for group in groups:
+    first = group.runs[0]
+    rates = [rate for run in group.runs for rate in run.curve('train/images_per_sec')[1]]
+    rows.append(
+      [group.name, str(first.config['model.name'])]
+      + [number(sum(size for _, _, size in first.parameters()) or None)]
+      + [number(float(np.median(rates)) if rates else None, ',.0f')]
+      + [first.devices()]
+    )
+  head = ['config', 'model', 'parameters', 'images a second', 'on']
+  words = 'Images a second are the median of training, evaluations and checkpoints not counted.'
+  table = markup.table(head, rows)
+  return markup.section('Size and speed', table, markup.paragraph(words, faint=True))
 
 
 def _of_other_sets(groups):

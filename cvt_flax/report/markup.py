@@ -35,7 +35,8 @@ figure { margin: 0; min-width: 0; }
 img { display: block; max-width: 100%; height: auto; }
 .thumbs img { width: 100%; border-radius: .3rem; }
 .exact { image-rendering: pixelated; }
-figcaption { line-height: 1.35; margin-top: .25rem; white-space: pre-line; }
+figcaption { line-height: 1.35; margin-top: .25rem; white-space: pre-line;
+  overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line);

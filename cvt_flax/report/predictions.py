@@ -14,7 +14,7 @@ from cvt_flax import storage
 from cvt_flax.errors import UserError
 
 # dtypes of the arrays, which are all [n].
-_ARRAYS = {
+ARRAYS = {
   'index': np.int32,
   'label': np.int32,
   'prediction': np.int32,
@@ -70,7 +70,7 @@ def read(path: pathlib.Path) -> Predictions | None:
     return None
   try:
     with path.open('rb') as opened, np.load(opened) as file:
-      arrays = {name: np.asarray(file[name], dtype) for name, dtype in _ARRAYS.items()}
+      arrays = {name: np.asarray(file[name], dtype) for name, dtype in ARRAYS.items()}
       split, step = str(file['split']), int(file['step'])
   except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as e:
     raise UserError(f'{path} is damaged: {e or type(e).__name__}') from e

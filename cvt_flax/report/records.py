@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,15 +20,17 @@ from cvt_flax.weights import run_folder
 
 # The runs of one config over several seeds lie in one folder, each in one of this name.
 SEED_FOLDER = 'seed-{}'
-# In what else the runs of one config may differ: how they were computed, watched and kept.
-_MAY_DIFFER = (
-  'seed',
+# In what the runs of one config may differ, and a run that goes on from what it was, by how the
+# names of keys begin: how it is computed, watched and kept. No result depends on it.
+MAY_DIFFER = (
   'data_dir',
+  'skip_unreadable',
   'log_every',
   'closing_note',
   'tensorboard',
   'eval.every_epochs',
   'eval.batch_size',
+  'model.remat',
   'mesh.',
   'checkpoint.',
   'stream.',
@@ -95,6 +98,11 @@ class Run:
       return None
     return self.final.get(metric)
 
+  def devices(self) -> str:
+    """Returns what the run was computed on, as '8 x TPU v4'."""
+    counts = Counter(self.hardware['devices'])
+    return ', '.join(f'{n} x {kind}' for kind, n in counts.items())
+
   def parameters(self) -> list[tuple[str, str, int]]:
     """Returns (name, shape, numbers in it) of every parameter; [] where no table was written."""
     path = self.folder / run_folder.PARAMETERS
@@ -118,7 +126,11 @@ class Group:
 
 
 def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
-  """Returns a group for every folder: of a run, or of runs over several seeds.
+  """Returns the runs of some folders by their configs.
+
+  Args:
+    folders: each of a run, or of runs over several seeds. Runs of one config that are given one by
+      one, as they are trained on several machines, are a group as well.
 
   Raises:
     UserError: a folder holds no run, or is damaged.
@@ -129,7 +141,33 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
     names = [str(path) for path in paths]
   if len(set(names)) < len(names):
     raise UserError('the same run is given twice')
-  return [Group(name, _runs(path)) for name, path in zip(names, paths, strict=True)]
+  groups = []
+  for name, path in zip(names, paths, strict=True):
+    runs = _runs(path)
+    for i, group in enumerate(groups):
+      both = (*group.runs, *runs)
+      seeds = {run.seed for run in both}
+      if len(seeds) == len(both) and not _differences(group.runs[0], runs[0]):
+        ordered = tuple(sorted(both, key=lambda run: run.seed))
+        groups[i] = Group(re.sub(r'-seed\d+$', '', group.name), ordered)
+        break
+    else:
+      groups.append(Group(name, runs))
+  return groups
+
+
+def _differences(a: Run, b: Run) -> list[str]:
+  """Returns the keys that tell two runs' configs apart; a key that one does not know does not."""
+  return sorted(
+    key
+    for key in a.config.keys() & b.config.keys()
+    if a.config[key] != b.config[key] and not key.startswith(('seed', *MAY_DIFFER))
+  )
+
+
+def are_uneven(majority: float, classes: int) -> bool:
+  """Whether top-1 says little of rare classes, by the share of images of the most frequent one."""
+  return majority * classes > 1.5
 
 
 def is_of_seed(folder: pathlib.Path) -> bool:
@@ -147,13 +185,7 @@ def _runs(folder):
     raise UserError(f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...')
   runs = tuple(sorted((read_run(path) for path in found), key=lambda run: run.seed))
   for run in runs[1:]:
-    keys = runs[0].config.keys() & run.config.keys()
-    others = sorted(
-      key
-      for key in keys
-      if run.config[key] != runs[0].config[key] and not key.startswith(_MAY_DIFFER)
-    )
-    if others:
+    if others := _differences(runs[0], run):
       raise UserError(
         f'{folder} is not of one config: {runs[0].folder.name} and {run.folder.name} differ in '
         f'{", ".join(others)}; give the run folders one by one'
@@ -209,7 +241,7 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list]:
   return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def default_output(groups: Sequence[Group], folders: Sequence[str | pathlib.Path]) -> pathlib.Path:
+def default_output(folders: Sequence[str | pathlib.Path]) -> pathlib.Path:
   """Returns where a report goes: into the run's folder, for several into the first one's."""
   report = (storage.path_of(folders[0]) / run_folder.REPORT).parent
-  return report / 'comparison' if len(groups) > 1 else report
+  return report / 'comparison' if len(folders) > 1 else report

@@ -14,7 +14,7 @@ from cvt_flax.report import figures, markup, pictures, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
 from cvt_flax.report.predictions import Predictions
-from cvt_flax.report.records import Run
+from cvt_flax.report.records import Run, are_uneven
 from cvt_flax.weights import pretrained, run_folder
 
 _SPLITS = {'val': 'validation', 'test': 'test'}
@@ -24,6 +24,10 @@ _TWO_CLASSES = {
   'f1': 'F1',
   'auc': 'AUC',
   'majority': 'accuracy of always taking the larger class',
+}
+_UNEVEN_CLASSES = {
+  'majority': 'most frequent class alone',
+  'balanced_accuracy': 'balanced accuracy',
 }
 _MISTAKES, _ATTENDED, _CONFUSED = 12, 6, 10
 _TILE = 1.15  # inches: four, of an image and three stages, are as wide as other figures
@@ -91,8 +95,7 @@ def _head(run):
     values.append((f'{parameters / 1e6:.3g} M', 'parameters', str(c['model.name'])))
   _, rates = run.curve('train/images_per_sec')
   if rates:
-    devices = ', '.join(f'{n} x {kind}' for kind, n in Counter(run.hardware['devices']).items())
-    values.append((f'{np.median(rates):,.0f}', 'images a second', f'median, on {devices}'))
+    values.append((f'{np.median(rates):,.0f}', 'images a second', f'median, on {run.devices()}'))
   values.append((f'{len(run.class_names):,}', 'classes', c['source']))
   title = c['name'] or run.folder.absolute().name
   parts = [markup.heading(title, f'{run.folder}, seed {c["seed"]}')]
@@ -155,6 +158,11 @@ def _results(run):
     for key, words in SHARES.items()
     if any(run.score(f'{split}/{key}') is not None for split in splits)
   }
+  count = len(run.class_names)
+  if count > 2 and any(
+    are_uneven(run.final.get(f'{split}/majority', 0), count) for split in splits
+  ):
+    shares |= _UNEVEN_CLASSES
   rows = []
   for split in splits:
     rows.append(
@@ -260,7 +268,8 @@ def _mistakes(run, p, source, plots):
       f'predicted {run.class_names[p.prediction[i]]}: {p.probability[i]:.1%}\n'
       f'true {run.class_names[p.label[i]]}: {p.label_probability[i]:.1%}'
     )
-    shown.append(markup.picture(data, kind, caption, exact=kind == 'image/png'))
+    called = f'{caption}\n{pathlib.PurePath(example.name).name}'
+    shown.append(markup.picture(data, kind, called, exact=kind == 'image/png'))
     drawn.append(pixels)
     captions.append(caption)
   # The page has them one by one.

@@ -18,7 +18,8 @@ def write_report(
   The page holds its figures itself and needs no network.
 
   Args:
-    folders: of runs, or of runs over several seeds (FOLDER/seed-0, FOLDER/seed-1, ...).
+    folders: of runs, or of runs over several seeds (FOLDER/seed-0, FOLDER/seed-1, ...); those of
+      one config are put together.
     output: a folder for it, made where it is not there; '' is RUN/report, and for several runs
       report/comparison of the first.
 
@@ -29,7 +30,7 @@ def write_report(
     UserError: a folder holds no run, or is damaged.
   """
   groups = records.read_groups(folders)
-  output = storage.path_of(output or records.default_output(groups, folders))
+  output = storage.path_of(output or records.default_output(folders))
   output.mkdir(parents=True, exist_ok=True)
   alone = groups[0].runs[0] if len(groups) == 1 and len(groups[0].runs) == 1 else None
   parts = single.sections(alone, output) if alone else comparison.sections(groups, output)

@@ -120,7 +120,7 @@ def _value(config, name):
   try:
     return functools.reduce(operator.getitem, name.split('.'), config)
   except KeyError as e:
-    raise UserError(f'config lacks the key {name!r}: start from get_config()') from e
+    raise UserError(f'config lacks the key {name!r}: start from a config that is there') from e
 
 
 def _meaning(field: dataclasses.Field, value: object) -> str:

@@ -320,6 +320,9 @@ class TrainConfig:
   class_weights: tuple[float, ...] = key(
     (), 'what the training loss of each class counts, in the order of the classes; (): 1', low=0.0
   )
+  balance_classes: bool = key(
+    False, 'class_weights by which every class counts the same in sum, however many images it has'
+  )
   log_every: int = key(50, 'steps between two lines of training metrics', low=1)
   tensorboard: bool = key(True, 'write TensorBoard events')
   closing_note: str = key('', 'printed when the run is finished')
@@ -403,7 +406,7 @@ def _build(declaration, values, prefix):
   built = {}
   for name, kind in types.items():
     if name not in values:
-      raise UserError(f'config lacks the key {prefix + name!r}: start from get_config()')
+      raise UserError(f'config lacks the key {prefix + name!r}: start from a config that is there')
     if dataclasses.is_dataclass(kind):
       built[name] = _build(kind, values[name], f'{prefix}{name}.')
     else:

@@ -82,6 +82,10 @@ def _check_first_epoch(c: TrainConfig):
 def _check_class_weights(c: TrainConfig):
   if c.class_weights and not any(c.class_weights):
     raise UserError(f'class_weights={c.class_weights!r}: one above 0 is needed, or no class counts')
+  if c.class_weights and c.balance_classes:
+    raise UserError(
+      f'class_weights={c.class_weights!r} with balance_classes=true: one of the two is needed'
+    )
 
 
 def _check_milestones(c: TrainConfig):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cvt_flax import terminal
 from cvt_flax.data import augment, dataset, resident, stream
 from cvt_flax.errors import UserError
 from cvt_flax.training import sharding
@@ -42,8 +44,8 @@ class Resident:
     arrays, skipped = resident.read_arrays(
       split, c.image_size, crop_ratio=c.crop_ratio, skip_unreadable=c.skip_unreadable
     )
-    if skipped:
-      print(f'{split.name}: left out {len(skipped)} unreadable images, the first is {skipped[0]}')
+    for name in skipped:
+      print(f'left out {name}, which cannot be read')
     stats = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get('bytes_limit', math.inf) - stats.get('bytes_in_use', 0)
     if arrays.image.nbytes > memory:
@@ -207,7 +209,8 @@ class Streaming:
         for index in batch['index'][(batch['mask'] == 0) & (batch['index'] >= 0)].tolist():
           if (split.name, index) not in self._unreadable:
             self._unreadable.add((split.name, index))
-            print(f'{split.name}: left out #{index}, which cannot be read')
+            words = f'left out {split.name_of(index)}, which cannot be read'
+            terminal.say(sys.stdout, words)
         yield batch
 
 

@@ -8,31 +8,20 @@ import json
 import os
 import pathlib
 
+from jax.sharding import Mesh
+
 from cvt_flax import storage
 from cvt_flax.data.dataset import Dataset
 from cvt_flax.errors import UserError
-from cvt_flax.report.records import is_of_seed
+from cvt_flax.report.records import MAY_DIFFER, is_of_seed
 from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
 from cvt_flax.training.hardware import describe
 from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description, run_json
 
-# What may differ when a run goes on. Nothing that is computed depends on it but for `epochs`, or
-# `steps`, which may be raised; the learning rate then follows the longer schedule from there on.
-_FREE = (
-  'data_dir',
-  'skip_unreadable',
-  'log_every',
-  'closing_note',
-  'tensorboard',
-  'epochs',
-  'eval.every_epochs',
-  'eval.batch_size',
-  'eval.sets',
-  'model.remat',
-  'stream.workers',
-)
-_FREE_GROUPS = ('mesh.', 'checkpoint.')
+# What may differ when a run goes on, by how names begin. `epochs`, or `steps`, may be raised; the
+# learning rate then follows the longer schedule from there on.
+_FREE = (*MAY_DIFFER, 'epochs', 'eval.sets')
 # All that an evaluation depends on, with the group model.* less what belongs to who computes.
 _OF_EVALUATION = (
   'image_size',
@@ -112,6 +101,24 @@ def _with_defaults(saved: dict, defaults: dict) -> dict:
   return defaults | saved | groups
 
 
+def has_begun(folder: pathlib.Path) -> bool:
+  """Whether a run has come to something that is worth keeping: to a checkpoint, as far as is known.
+
+  In an object store, where nothing locks, another process may be at the first steps: it is taken
+  for one that has.
+  """
+  checkpoints = folder / run_folder.CHECKPOINTS
+  return (
+    storage.is_remote(folder)
+    or checkpoints.is_dir()
+    and any(path.name.isdigit() for path in checkpoints.iterdir())
+    or any(  # of a run whose checkpoints were removed
+      'checkpoint' in line or 'val/top1' in line
+      for line in run_folder.read_metrics(folder / run_folder.METRICS)
+    )
+  )
+
+
 def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> None:
   """Checks that a run folder can be read, and in training be written to.
 
@@ -170,7 +177,9 @@ def only_one(folder: pathlib.Path):
 _HELD_OUT = {'held_out.json': 'held_out', 'held_out_test.json': 'held_out_test'}
 
 
-def write(folder: pathlib.Path, experiment: Experiment, data: Dataset, model: Description) -> None:
+def write(
+  folder: pathlib.Path, experiment: Experiment, data: Dataset, model: Description, mesh: Mesh
+) -> None:
   """Writes what a run folder says of itself.
 
   Args:
@@ -179,6 +188,7 @@ def write(folder: pathlib.Path, experiment: Experiment, data: Dataset, model: De
     data: of which held_out.json tells the images of train that are validation images, and
       held_out_test.json, where there are any, those that are test images.
     model: for model.json, by which the checkpoints can be read as weights.
+    mesh: of the devices that compute.
   """
   _write(
     folder / run_folder.EXPERIMENT,
@@ -187,13 +197,15 @@ def write(folder: pathlib.Path, experiment: Experiment, data: Dataset, model: De
       'class_names': experiment.class_names,
       'data': experiment.data,
       'decoded': experiment.decoded,
-      'hardware': describe(),
+      'hardware': describe(mesh),
     },
   )
   for file, name in _HELD_OUT.items():
     held_out = getattr(data, name)
     if name == 'held_out' or held_out.size:
       _write(folder / file, held_out.tolist())
+    elif (folder / file).exists():  # of a run that came to nothing
+      (folder / file).unlink()
   _write(folder / run_folder.DESCRIPTION, run_json(model))
 
 
@@ -210,14 +222,14 @@ def check_config(
   Raises:
     UserError: when it is the run of another config.
   """
-  free_now = (*_FREE, 'steps') if now.steps and saved.steps else _FREE
+  may_differ = (*_FREE, 'steps') if now.steps and saved.steps else _FREE
   changed = {
     name: pair
     for name, pair in differences(saved, now).items()
     if (
       name in _OF_EVALUATION or name.startswith('model.') and name not in _OF_COMPUTING
       if evaluation
-      else name not in free_now and not name.startswith(_FREE_GROUPS)
+      else not name.startswith(may_differ)
     )
   }
   if changed:

@@ -41,13 +41,13 @@ _MALLOPT = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1), 'M_ARENA_MAX': 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-def describe() -> dict:
-  """Returns the versions and devices that a run's results were computed with."""
+def describe(mesh: Mesh) -> dict:
+  """Returns the versions and devices that a run's results are computed with."""
   return {
     'python': platform.python_version(),
     'machine': platform.machine(),
     'platform': jax.default_backend(),
-    'devices': [d.device_kind for d in jax.devices()],
+    'devices': [d.device_kind for d in mesh.devices.flat],
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
   }
 

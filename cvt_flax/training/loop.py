@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Callable
 
@@ -14,12 +15,12 @@ import ml_collections
 
 from cvt_flax import storage
 from cvt_flax.errors import Diverged, UserError
-from cvt_flax.report.predictions import Predictions
+from cvt_flax.report.predictions import ARRAYS, Predictions
 from cvt_flax.report.records import SEED_FOLDER
-from cvt_flax.training import experiment, processes
+from cvt_flax.training import experiment, processes, summary
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
-from cvt_flax.training.evaluate import alarm
+from cvt_flax.training.evaluate import summarize
 from cvt_flax.training.hardware import return_freed_memory, told_of_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
@@ -64,15 +65,13 @@ def run(
     Diverged: the loss stopped being finite; the last good checkpoint is kept.
     Interrupted: SIGTERM or Ctrl-C came; the state was saved.
   """
-  processes.end_unguarded()
   config = freeze(get_config(config) if isinstance(config, str) else config)
   if mode not in ('train', 'eval'):
     raise UserError(f'mode={mode!r}: train or eval is needed')
   if watch and mode == 'eval':
     raise UserError("watch has no effect with mode='eval', which writes no metrics")
-  processes.check_joined()
   name = config.name or 'run'
-  with processes.first_speaks():
+  with processes.entered():
     if config.seeds > 1:
       return _run_seeds(config, storage.path_of(workdir or f'runs/{name}'), mode, watch)
     folder = storage.path_of(workdir or f'runs/{name}-seed{config.seed}')
@@ -104,6 +103,12 @@ def _run_seeds(config, folder, mode, watch):
       print(f'seed {seed}: {e}')
       diverged.append(f'{run_of_seed.name} ({e})')
     gc.collect()  # the jitted step and what holds it are a cycle, with the images on the devices
+  for name in ('val/top1', 'test/top1'):
+    values = [metrics[name] for metrics in found.values() if name in metrics]
+    if len(values) > 1:
+      mean, deviation = statistics.mean(values), statistics.stdev(values)
+      split = name.partition('/')[0]
+      print(f'{split}: top-1 {mean:.4f} ± {deviation:.4f} over {len(values)} seeds')
   if mode == 'train':
     _write_report(folder)
   if diverged:
@@ -143,15 +148,16 @@ def _train(config, folder, watch):
       if not (folder / run_folder.REPORT).exists():  # it was stopped before that
         _write_report(folder)
       # Another process than the first may not see that line yet.
-      return _report(training, _with_validation(last or {}, metrics))
+      return _told(training, _with_validation(last or {}, metrics))
     if training.saved and processes.is_first():
       training.write_experiment()  # with the hardware of now
-    training.describe()
+    summary.describe(training)
     if not start:
       state = training.from_weights(training.program.init())
     else:
       state = checkpoints.restore(start, training.program.state)
       print(f'going on from step {start}')
+    stack.callback(training.progress.end)
     writer = MetricWriter(folder, start, config.tensorboard, watch)
     stack.callback(writer.close)
     processes.wait_for_all('metrics.jsonl ends where the run goes on')
@@ -159,17 +165,18 @@ def _train(config, folder, watch):
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
     unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
-    another = ', with another --workdir'  # as a run keeps its batch size
+    also = ', with another --workdir' if start else ''  # as a run keeps its batch size
+    also += ', or a larger optimizer.accumulate_steps (docs/pods.md, Memory)'
     if c.engine == 'resident':
-      another += ', or engine=stream'
-    memory = told_of_memory('--config.batch_size', c.batch_size, unit, another)
+      also += ', or engine=stream'
+    memory = told_of_memory('--config.batch_size', c.batch_size, unit, also)
     with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)
     writer.flush()
     processes.wait_for_all('the last metrics are written')
   _write_report(folder)
-  values = _report(training, _with_validation(values, metrics))
+  values = _told(training, _with_validation(values, metrics))
   if config.closing_note:
     print(config.closing_note)
   return values
@@ -256,8 +263,8 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
     writer.write(step, step / training.steps_per_epoch, values)
     epoch, rest = divmod(step, training.steps_per_epoch)
     when = f'step {step}' if rest else f'epoch {epoch}'
-    progress.say(f'{when}  validation: {_words(metrics, names)}')
-    if warning := alarm(metrics, names):
+    progress.say(f'{when}  validation: {summary.metrics_line(metrics, names)}')
+    if warning := summary.alarm(metrics, names):
       progress.say(warning)
     save(step, metrics['top1'])
     return True
@@ -323,15 +330,16 @@ def _finish(training, checkpoints, writer, signals):
       data = training.engine.open(test)
     else:
       data = training.val_data
-    found = training.predict(variables, data, signals)
-    if found is None:
+    answers = training.answers(variables, data, signals)
+    if answers is None:
       raise signals.interruption(unfinished)
-    metrics, arrays = found
+    if test:
+      metrics = summarize(answers, len(training.dataset.class_names))
+      values |= {f'test/{key}': value for key, value in metrics.items()}
+    arrays = {name: answers[name] for name in ARRAYS}
     predictions = Predictions('test' if test else 'val', values['checkpoint'], **arrays)
     if processes.is_first():
       predictions.save(training.folder / run_folder.PREDICTIONS)
-    if test:
-      values |= {f'test/{key}': value for key, value in metrics.items()}
   if training.sets:
     values |= _evaluate_splits(training, variables, {}, signals, unfinished)
   writer.write(training.total_steps, training.total_steps / training.steps_per_epoch, values)
@@ -361,14 +369,14 @@ def _evaluate_run(config, folder):
     variables = context.restore_best(checkpoints)
     elsewhere = config.source != context.saved.config.source
     values = _evaluate_all(context, variables, signals, elsewhere)
-    return _report(context, values | {'checkpoint': step})
+    return _told(context, values | {'checkpoint': step})
 
 
 def _evaluate_weights(config, folder):
   context = Setup(config, folder, evaluation=True, weights=True)
   with Signals() as signals:
     values = _evaluate_all(context, context.variables_of_weights(), signals, elsewhere=True)
-  return _report(context, values)
+  return _told(context, values)
 
 
 def _evaluate_all(context, variables, signals, elsewhere):
@@ -403,39 +411,7 @@ def _evaluate_splits(context, variables, splits, signals, unfinished):
   return values | metrics
 
 
-def _report(context, values):
-  """Prints final metrics and returns them."""
-  classes = context.dataset.class_names
-  of = f'checkpoint of step {values["checkpoint"]}' if 'checkpoint' in values else 'these weights'
-  for name in ('all', 'val', 'test', *(each.name for each in context.sets)):
-    start = f'{name}/'
-    metrics = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
-    if metrics:
-      print(f'{name}: {_words(metrics, classes)}  on {metrics["images"]:,} images ({of})')
-      if warning := alarm(metrics, classes):
-        print(f'{name}: {warning}')
-  source = context.config.source
-  if 'all/top1' in values:
-    print(f'{source} has a single split: whether the weights were trained on it is not known')
-  elif 'test/top1' not in values:
-    print(f'{source} has no labelled test split; eval.test_holdout=0.2 would make one of train')
+def _told(context, values):
+  """Returns final metrics, having printed them."""
+  summary.tell_result(context, values)
   return values
-
-
-def _words(metrics, class_names):
-  """Returns the metrics of an evaluation that a person looks at first."""
-  words = {'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss'}
-  if 'auc' in metrics:  # two classes, where top-5 is always 1
-    words = {
-      'top1': 'top-1',
-      'majority': 'majority class',
-      'balanced_accuracy': 'balanced',
-      'f1': f'F1 of {class_names[1]!r}',
-      'auc': 'AUC',
-      'loss': 'loss',
-    }
-  return '  '.join(
-    f'{word} {"-" if metrics[name] is None else format(metrics[name], ".4f")}'
-    for name, word in words.items()
-    if name in metrics  # images with several labels have no loss
-  )

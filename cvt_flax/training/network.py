@@ -50,7 +50,7 @@ def num_logits(config: TrainConfig, classes: int) -> int:
 
 
 def check_attention(model: CvT | CompactViT, image_size: int):
-  """Refuses to train a model with a stage whose attention sees a single key."""
+  """Refuses to train a model with a stage whose attention sees a single key, and warns of two."""
   for s, stage in enumerate(stage_geometry(model, image_size, image_size)):
     if min(stage.height, stage.width) < 1:
       raise UserError(f'image_size={image_size}: too small, stage {s} of the model has no pixel')
@@ -64,4 +64,9 @@ def check_attention(model: CvT | CompactViT, image_size: int):
         f'image_size={image_size} leaves stage {s} of the model a single key, so its attention '
         'does nothing: set model.kv_strides to 1 there, smaller model.patch_strides, or larger '
         'images'
+      )
+    if stage.keys == 2:
+      print(
+        f'WARNING: image_size={image_size} leaves stage {s} of the model two keys, which is little '
+        'to attend to: cvt-13-small-images and cvt-small are for small images'
       )

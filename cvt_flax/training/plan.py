@@ -24,7 +24,7 @@ from cvt_flax.training import topology as topologies
 from cvt_flax.training.config import freeze
 from cvt_flax.training.engines import ENGINES
 from cvt_flax.training.freeze import find_frozen
-from cvt_flax.training.network import build_model, num_logits
+from cvt_flax.training.network import build_model, check_attention, num_logits
 from cvt_flax.training.program import make_program
 from cvt_flax.training.shipped import get_config
 
@@ -49,11 +49,12 @@ class Plan:
     compile_seconds: what compiling took, here.
     memory: in bytes, of a device: what is 'needed', of which 'arguments' and 'temporary', and of
       the arguments the 'state'; 'limit' is what there is.
-    images_that_fit: by proportion, where the limit is known.
+    images_that_fit: of a batch, a device, by proportion; where the limit is known.
     flops, bytes_accessed: of a step; None with optimizer.accumulate_steps, as XLA counts one round.
     cycles: likewise, by XLA's cost model for TPUs; what devices wait for each other is not in them.
     predicted_images_a_second: by these cycles at the chip's clock.
-    collectives: {kind: (count, bytes)} of a step.
+    collectives: {kind: (count, bytes)} of a step; with optimizer.accumulate_steps a loop over
+      microbatches counts as one round.
     largest: the largest arrays that are alive in it, and what they are of.
   """
 
@@ -128,6 +129,7 @@ def plan(config: ConfigDict | str, topology: str = '') -> Plan:
   sharding.check_batch('batch_size', config.batch_size, mesh, sharding.FEWER)
   classes, images = _extent(config)
   model = build_model(config.model, num_logits(config, classes), config.image_size)
+  check_attention(model, config.image_size)
   size = config.image_size
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
   params = traverse_util.flatten_dict(shapes['params'])
@@ -149,6 +151,8 @@ def plan(config: ConfigDict | str, topology: str = '') -> Plan:
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   needed = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporary
   state, each = sharding.bytes_a_device(program.state), config.batch_size // mesh.size
+  # The resident engine's arguments are the whole split, however many images a batch has.
+  fixed = arguments if config.engine == 'resident' else state
   largest = hlo.largest(text)
   # A loop's body is counted once.
   counted = config.optimizer.accumulate_steps == 1
@@ -171,8 +175,8 @@ def plan(config: ConfigDict | str, topology: str = '') -> Plan:
       'temporary': temporary,
       'limit': place.memory,
     },
-    # By proportion: all that is not state is taken to grow with the images.
-    images_that_fit=place.memory and (place.memory - state) * each // (needed - state),
+    # By proportion: all else is taken to grow with the images of a batch.
+    images_that_fit=place.memory and (place.memory - fixed) * each // (needed - fixed),
     flops=cost.get('flops') if counted else None,
     bytes_accessed=cost.get('bytes accessed') if counted else None,
     cycles=cycles,

@@ -38,7 +38,7 @@ _JOB, _SHARD = 'job.json', 'shard-{:05d}-of-{:05d}.npz'
 _AHEAD = 2  # batches that devices are given before the results of an earlier one are asked for
 
 
-@processes.first_speaks()
+@processes.entered()
 def predict_dataset(
   weights: str | pathlib.Path | pretrained.Weights,
   source: str,
@@ -92,9 +92,7 @@ def predict_dataset(
     UserError: something is not usable, or the folder holds shards of another call.
     Interrupted: SIGTERM or Ctrl-C came; the shards that were written are kept.
   """
-  processes.end_unguarded()
   _check(top, image_size, dtype, batch_size, shard_size, workers)
-  processes.check_joined()
   mesh = sharding.make_mesh()
   sharding.check_batch('batch_size', batch_size, mesh)
   hardware.announce(mesh)
@@ -147,7 +145,7 @@ def predict_dataset(
     began, done = time.perf_counter(), 0
     for i, arrays in _regrouped(results, {i: len(each) for i, each in places.items()}):
       for row in np.flatnonzero(~arrays['readable']):
-        print(f'{_name(images, places[i][row])} cannot be read')
+        print(f'{images.name_of(places[i][row])} cannot be read')
       if i % jax.process_count() == jax.process_index():
         if label_names is None:
           del arrays['label']
@@ -174,10 +172,6 @@ def _absolute(source: str) -> str:
   if kind in ('', 'folder', 'csv', 'npz') and os.path.exists(path := os.path.expanduser(where)):
     return f'{kind}{colon}{os.path.abspath(path)}'
   return source
-
-
-def _name(images: Split, place: int) -> str:
-  return images.path(place) if isinstance(images, FileSplit) else f'{images.name} #{place}'
 
 
 def _check(top, image_size, dtype, batch_size, shard_size, workers):

@@ -98,8 +98,14 @@ def of_first(values: ArrayLike) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def first_speaks() -> Iterator[None]:
-  """Prints nothing in other processes than the first, while the block lasts."""
+def entered() -> Iterator[None]:
+  """What is done on the devices of all processes: while the block lasts, the first alone prints.
+
+  Raises:
+    UserError: in a part of a pod that has not joined the rest.
+  """
+  end_unguarded()  # before jax takes the devices, which the main process has
+  check_joined()
   if is_first():
     yield
     return

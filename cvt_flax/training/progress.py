@@ -41,6 +41,7 @@ class Progress:
     self._shown = time.perf_counter()
     self._told = False  # how long it will take
     self._last = None  # when the clock was last read; None while it stands still
+    self._open = False  # whether the terminal's last line is the one that is written over
 
   def start(self) -> None:
     """Begins to count time: after the step that compiles, after an evaluation."""
@@ -63,6 +64,7 @@ class Progress:
       while len(words) > 2 and len('  '.join(words)) >= terminal.columns():
         del words[1]  # of a narrow terminal's line the epoch and the time left stay
       terminal.write_over(self._stream, '  '.join(words))
+      self._open = True
 
   def images_per_second(self) -> float | None:
     """Returns the rate since the last call; None when there was no step to measure."""
@@ -78,8 +80,14 @@ class Progress:
 
   def say(self, text: str) -> None:
     """Shows a line that stays."""
-    self._stream.write(f'\r\x1b[K{text}\n' if self._tty else f'{text}\n')
-    self._stream.flush()
+    terminal.say(self._stream, text)
+    self._open = False
+
+  def end(self) -> None:
+    """Leaves the terminal to others: the line that is written over stays as it is."""
+    if self._open:
+      print(file=self._stream, flush=True)
+      self._open = False
 
   def _words(self, step, loss):
     words = [

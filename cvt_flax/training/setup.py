@@ -1,7 +1,7 @@
 """What a run works with: mesh, data on the devices, model, jitted functions."""
 
 import contextlib
-import functools
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -18,10 +18,9 @@ from cvt_flax.training import experiment, hardware, initialize, sharding
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import EvalConfig, TrainConfig
 from cvt_flax.training.engines import ENGINES, Streaming
-from cvt_flax.training.evaluate import evaluate, make_eval_step, make_forward, predict, score
+from cvt_flax.training.evaluate import Answers, collect, make_answer, summarize
 from cvt_flax.training.freeze import find_frozen
 from cvt_flax.training.network import build_model, check_attention, num_logits
-from cvt_flax.training.processes import is_first
 from cvt_flax.training.program import make_program
 from cvt_flax.training.progress import Progress
 from cvt_flax.training.signals import Signals
@@ -29,9 +28,6 @@ from cvt_flax.training.step import TrainState
 from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.preprocessing import Preprocessing
-
-# From this share on of the first parameters in the averages that are evaluated, a run is warned.
-_MOST_OF_THE_FIRST = 0.1
 
 
 class Setup:
@@ -63,6 +59,9 @@ class Setup:
     self.saved = None if weights else experiment.read(folder)
     if not weights:
       experiment.check_folder(folder, self.saved is not None, evaluation)
+    if self.saved and not evaluation and not experiment.has_begun(folder):
+      print(f'{folder} holds a run that came to no checkpoint; it begins anew')
+      self.saved = None
     # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout = 0.0 if weights else config.eval.holdout
     test_holdout = config.eval.test_holdout
@@ -98,7 +97,7 @@ class Setup:
     self.description = Description(self.model, self.dataset.class_names, steps)
 
     self.engine = ENGINES[config.engine](config, self.mesh)
-    self._eval_step = self._jitted_evaluation(self.engine)
+    self._answer = self._jitted_answer(self.engine)
     self.sets = self._open_sets(weights)
 
   def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
@@ -117,73 +116,57 @@ class Setup:
       for s in config.eval.sets
     ]
 
-  def _jitted_evaluation(self, engine, classes=None):
-    """Returns the jitted (variables, what the engine feeds) -> metrics of a batch."""
-    eval_step = make_eval_step(self.model, self.config.mean, self.config.std, classes)
+  def _jitted_answer(self, engine):
+    """Returns the jitted (variables, classes that compete, what the engine feeds) -> answers."""
+    answer = make_answer(self.model, self.config.mean, self.config.std)
 
-    def step(variables, *fed):
-      return eval_step(variables, engine.eval_batch(self.eval_batch_size, *fed))
+    def step(variables, classes, *fed):
+      return answer(variables, engine.eval_batch(self.eval_batch_size, *fed), classes)
 
     return jax.jit(step, out_shardings=self.replicated)
 
+  def answers(self, variables: dict, data: Any, signals: Signals) -> Answers | None:
+    """Returns what the network makes of a split that the engine has opened.
+
+    None when a signal came.
+    """
+    feed = self.engine.feed_evaluation(data, self.eval_batch_size)
+    return self._answers(variables, feed, signals, self._answer)
+
   def evaluate(self, variables: dict, data: Any, signals: Signals) -> dict | None:
     """Returns the metrics of a split that the engine has opened; None when a signal came."""
-    feed = self.engine.feed_evaluation(data, self.eval_batch_size)
-    return self._evaluate(variables, feed, signals, self._eval_step)
-
-  def predict(
-    self, variables: dict, data: Any, signals: Signals
-  ) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """Returns the metrics of a split, and what it makes of each image that could be read.
-
-    The latter are the arrays of `report.predictions.Predictions`. None when a signal came.
-    """
-    forward = make_forward(self.model, self.config.mean, self.config.std)
-    batches = []
-
-    @functools.partial(jax.jit, out_shardings=self.replicated)
-    def compute(variables, *fed):
-      batch = self.engine.eval_batch(self.eval_batch_size, *fed)
-      logits = forward(variables, batch)
-      return score(logits, batch), predict(logits, batch)
-
-    def step(variables, *fed):
-      metrics, predictions = compute(variables, *fed)
-      batches.append(predictions)
-      return metrics
-
-    feed = self.engine.feed_evaluation(data, self.eval_batch_size)
-    metrics = self._evaluate(variables, feed, signals, step)
-    if metrics is None:
-      return None
-    arrays = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(batches))
-    there = arrays.pop('mask') > 0
-    return metrics, {name: array[there] for name, array in arrays.items()}
+    answers = self.answers(variables, data, signals)
+    return None if answers is None else summarize(answers, len(self.dataset.class_names))
 
   def evaluate_sets(self, variables: dict, signals: Signals) -> dict | None:
     """Returns the metrics of config.eval.sets, {'NAME/top1': ...}; None when a signal came."""
-    values, engine = {}, Streaming(self.config, self.mesh)  # they are read once
+    values, count = {}, len(self.dataset.class_names)
+    engine = Streaming(self.config, self.mesh)  # they are read once
+    answer = self._jitted_answer(engine)
     for each in self.sets:
-      step = self._jitted_evaluation(engine, each.classes)
-      feed = engine.feed_evaluation(each.split, self.eval_batch_size, len(self.dataset.class_names))
-      metrics = self._evaluate(variables, feed, signals, step)
-      if metrics is None:
+      feed = engine.feed_evaluation(each.split, self.eval_batch_size, count)
+      answers = self._answers(variables, feed, signals, answer, each.classes)
+      if answers is None:
         return None
+      metrics = summarize(answers, count)
       values |= {f'{each.name}/{name}': value for name, value in metrics.items()}
     return values
 
-  def _evaluate(self, variables, feed, signals, step):
+  def _answers(self, variables, feed, signals, answer, classes=None):
+    if classes is None:
+      classes = np.ones(len(self.dataset.class_names), bool)
+
     def batches():
       for fed in feed:
         if signals.received():
           return
-        yield step(variables, *fed)
+        yield answer(variables, classes, *fed)
 
     flag = '--config.eval.batch_size'
     memory = hardware.told_of_memory(flag, self.eval_batch_size, self.mesh.size)
     with contextlib.closing(feed), memory:
-      metrics = evaluate(batches())
-    return None if signals.received() else metrics
+      answers = collect(batches())
+    return None if signals.received() else answers
 
   def variables_of_weights(self) -> dict:
     """Returns the variables that config.init_from holds, on every device."""
@@ -244,7 +227,7 @@ class TrainingSetup(Setup):
       experiment.check_data(folder, self.saved, self.experiment)
 
     self.program = make_program(
-      config,
+      self._with_class_weights() if config.balance_classes else config,
       self.model,
       params,
       self.frozen,
@@ -269,11 +252,22 @@ class TrainingSetup(Setup):
     size = self.config.image_size
     return 3 * 2 * multiply_adds(self.model, size, size) / (rate * self.mesh.size)
 
+  def _with_class_weights(self):
+    """Returns the config with scikit-learn's 'balanced' weights; their mean over images is 1."""
+    names = self.dataset.class_names
+    counts = np.bincount(self.dataset.train.labels, minlength=len(names))
+    if not all(counts):
+      empty = names[int(np.argmin(counts))]
+      raise UserError(f'balance_classes=true: class {empty!r} has no training image')
+    weights = counts.sum() / (len(names) * counts)
+    ends = (f'{weights[i]:.3g} ({names[i]})' for i in (weights.argmin(), weights.argmax()))
+    print(f'balance_classes: the losses of the classes count from {" to ".join(ends)}')
+    return dataclasses.replace(self.config, class_weights=tuple(weights.tolist()))
+
   def from_weights(self, state: TrainState) -> TrainState:
     """Returns the first state with the weights of config.init_from in it, if any."""
     if not self.config.init_from:
       return state
-    # Read already, unless a run that was killed before its first checkpoint begins again.
     leaves, self.initial = self.initial or self._read_weights(), None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     variables = initialize.replace_leaves(variables, leaves)
@@ -316,56 +310,13 @@ class TrainingSetup(Setup):
         f'eval.holdout={c.eval.holdout} has no effect: {c.source} brings a validation split'
       )
 
-  def describe(self) -> None:
-    """Prints what is about to happen and writes the table of parameters."""
-    c, d, state = self.config, self.dataset, self.program.state
-    sizes = [
-      f'{0 if split is None else len(split):,} {name}'
-      for name, split in (('train', d.train), ('validation', d.validation), ('test', d.test))
-    ]
-    print(f'data {c.source}: {", ".join(sizes)} images, {len(d.class_names)} classes')
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    cost = multiply_adds(self.model, c.image_size, c.image_size)
-    print(
-      f'model {c.model.name}: {count:,} parameters, {cost / 1e6:,.1f} M multiply-adds an image of '
-      f'{c.image_size}x{c.image_size}'
-    )
-    if self.frozen.parameters:
-      trained = sum(x.size for x in jax.tree.leaves(self.frozen.trained(state.params)))
-      norms = {path[:-1] for path in self.frozen.statistics(state.batch_stats)}
-      print(
-        f'trained: {trained:,} parameters; frozen: {count - trained:,}, and the statistics of '
-        f'{len(norms)} batch norms'
-      )
-    plural = 's' * (self.steps_per_epoch > 1)
-    epochs = f'{self.total_steps / self.steps_per_epoch:.4g} epochs'
-    decay = c.optimizer.ema_decay
-    if (first := decay**self.total_steps) > _MOST_OF_THE_FIRST:
-      print(
-        f'WARNING: optimizer.ema_decay={decay:g} over {self.total_steps} steps: the averages, by '
-        f'which a run is evaluated, are to {first:.0%} still the parameters before the first step'
-      )
-    images, left = self.engine.count(self.train_data), ''
-    rest = images - self.steps_per_epoch * c.batch_size
-    if rest > images / 20 and c.augment.repeats == 1:
-      left = f'; an epoch leaves out {rest:,} images, a smaller batch_size fewer'
-    print(f'run folder {self.folder}: {epochs} of {self.steps_per_epoch} step{plural}{left}')
-    split = self.mesh.shape['fsdp'] > 1
-    if split:
-      held = sharding.bytes_a_device(state)
-      print(
-        f'mesh: data {self.mesh.shape["data"]} x fsdp {self.mesh.shape["fsdp"]}, '
-        f'{held / 2**20:,.1f} MiB of state a device'
-      )
-    if is_first():
-      overview = parameter_overview.get_parameter_overview(
-        state.params, include_stats='sharding' if split else False
-      )
-      (self.folder / run_folder.PARAMETERS).write_text(overview + '\n')
-
   def write_experiment(self) -> None:
     """Writes what the run folder says of itself."""
-    experiment.write(self.folder, self.experiment, self.dataset, self.description)
+    experiment.write(self.folder, self.experiment, self.dataset, self.description, self.mesh)
+    include = 'sharding' if self.mesh.shape['fsdp'] > 1 else False
+    params = self.program.state.params
+    table = parameter_overview.get_parameter_overview(params, include_stats=include)
+    (self.folder / run_folder.PARAMETERS).write_text(table + '\n')
 
   def eval_is_due(self, step: int) -> bool:
     epoch, rest = divmod(step, self.steps_per_epoch)

@@ -9,6 +9,7 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
+from cvt_flax import terminal
 from cvt_flax.errors import Interrupted
 
 # jax counts the times that a process asks whether to stop, over all of its runs.
@@ -48,7 +49,7 @@ class Signals:
     del frame
     signal.signal(number, self._previous[number])
     with contextlib.suppress(RuntimeError):  # something is being written there at this moment
-      print(f'{_name(number)}: stopping after this step; again stops at once', file=sys.stderr)
+      terminal.say(sys.stderr, f'{_name(number)}: stopping after this step; again stops at once')
     if self._several:
       self._pressed = True
       signal.raise_signal(signal.SIGTERM)

@@ -7,8 +7,13 @@ import matplotlib
 import numpy as np
 import pytest
 
+from cvt_flax import create_model
+from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.report import pictures
 from cvt_flax.weights import pretrained
+from cvt_flax.weights.description import Description
+from cvt_flax.weights.preprocessing import Preprocessing
+from tests.models.torch_weights import drawn_variables
 
 KEYS = 4
 GREY = np.full((32, 32, 3), 128, np.uint8)
@@ -68,6 +73,28 @@ def test_uniform_is_one_with_the_class_tokens_own_key_too():
   for attention in found:
     assert not attention.single
     np.testing.assert_allclose(attention.maps, np.ones_like(attention.maps), rtol=1e-5)
+
+
+def test_sequence_pooling_is_shown_too():
+  model = create_model('mcvit', 10)
+  zeros = jax.tree.map(np.zeros_like, drawn_variables(model))  # all tokens weigh the same
+  weights = pretrained.Weights(Description(model, (), Preprocessing(32)), zeros, 'flax', 'zeros')
+  found = pictures.attended(weights, np.zeros((2, 32, 32, 3), np.uint8))
+  assert [(a.stage, a.size, a.of) for a in found] == [
+    ('stage 1', '8×8 keys', 'mean of all queries'),
+    ('pooling', '8×8 keys', 'weight of each token'),
+  ]
+  for attention in found:
+    np.testing.assert_allclose(attention.maps, np.ones((2, 8, 8)), rtol=1e-5)
+  # And where they do not: the token with the highest score is where the picture is brightest.
+  variables = drawn_variables(model)
+  images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+  _, pooling = pictures.attended(dataclasses.replace(weights, variables=variables), images)
+  steps = weights.description.preprocessing
+  batch = normalize_pixels(images, steps.mean, steps.std)
+  _, sown = model.apply(variables, batch, mutable=['intermediates'])
+  (expected,) = jax.tree.leaves(sown['intermediates']['seq_pool'])
+  np.testing.assert_allclose(pooling.maps.ravel(), 64 * np.ravel(expected), rtol=1e-4)
 
 
 def test_no_attention_is_no_division_by_zero():

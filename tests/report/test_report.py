@@ -222,7 +222,13 @@ def test_two_runs_are_compared(make_run):
   assert path == a / 'report' / 'comparison' / 'index.html'
   page = Page(path)
   words = ' '.join(page.words.split())
-  assert page.headings == ['Results', 'Is it chance?', 'Curves', 'In what the configs differ']
+  assert page.headings == [
+    'Results',
+    'Size and speed',
+    'Is it chance?',
+    'Curves',
+    'In what the configs differ',
+  ]
   assert 'learning_rate 0.001 0.5' in words and 'epochs' not in words.partition('configs differ')[2]
   # 10 images that only a has right: 2 / 2 ** 10, two-sided.
   assert 'b against a 0 10 0.00195 60' in words
@@ -242,6 +248,26 @@ def test_seeds_are_one_config(make_run, tmp_path):
   assert 'b less a test top-1 -6.67 points 0.0202 3' in both
   assert 'b against a 2 0 5 0.0625 60' in both
   assert 'epochs 10 99' in both and 'seed 0' not in both.partition('configs differ')[2]
+
+
+def test_runs_of_one_config_are_put_together(make_run):
+  folders = [make_run(f'a-seed{s}', seed=s, hits=h, log_every=9 + s) for s, h in ((2, 55), (0, 48))]
+  path = write_report([*folders, make_run('b', seed=1, epochs=99)])
+  assert path == folders[0] / 'report' / 'comparison' / 'index.html'
+  words = ' '.join(Page(path).words.split())
+  assert 'a: 2 seeds, 0, 2' in words and 'a test top-1 85.83% 8.25% 80.00% 91.67% 2' in words
+  assert 'b test top-1 83.33% – – – 1' in words
+  again = make_run('a-again', seed=0, hits=30, log_every=9)  # a seed that is there is another config's
+  words = ' '.join(Page(write_report([*folders, again])).words.split())
+  assert 'a-again test top-1 50.00%' in words and 'The configs do not differ.' in words
+
+
+def test_uneven_classes_have_numbers_of_their_own(make_run):
+  even = add(make_run('even'), balanced_accuracy=0.71, majority=0.34)
+  assert 'balanced' not in Page(write_report([even])).words
+  uneven = add(make_run('uneven'), balanced_accuracy=0.71, majority=0.62)
+  words = ' '.join(Page(write_report([uneven])).words.split())
+  assert 'most frequent class alone balanced accuracy' in words and '62.00% 71.00%' in words
 
 
 def test_a_paired_test_that_says_nothing_says_why(make_run, tmp_path):

@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from sklearn.utils.class_weight import compute_class_weight
 
 from cvt_flax import convert_weights, load_pretrained, predict_images
 from cvt_flax.errors import UserError
 from cvt_flax.ops.pixels import normalize_pixels
-from cvt_flax.training import loop
-from cvt_flax.training.config import AugmentConfig, OptimizerConfig
+from cvt_flax.training import loop, setup
+from cvt_flax.training.config import AugmentConfig, OptimizerConfig, freeze
 from cvt_flax.training.optimizer import make_optimizer
 from cvt_flax.training.step import init_state, make_train_step
 from tests.training.test_step import CLASSES, MEAN, STD, Probe, batch_of
@@ -112,3 +113,24 @@ def test_a_loss_that_does_not_fit_the_classes(source, change, message, config, t
   with pytest.raises(UserError, match=message):
     loop.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_balanced_classes(config, tmp_path, monkeypatch, capsys):
+  labels, given = np.repeat([0, 1, 2], [90, 25, 10]), []
+  pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), np.uint8)
+  np.savez(tmp_path / 'uneven.npz', x_train=pixels, y_train=labels)
+  config.source, config.balance_classes = f'npz:{tmp_path}/uneven.npz', True
+  make_program = setup.make_program
+
+  def kept(config, *arguments, **options):
+    given.append(config.class_weights)
+    return make_program(config, *arguments, **options)
+
+  monkeypatch.setattr(setup, 'make_program', kept)
+  training = setup.TrainingSetup(freeze(config), tmp_path / 'run')
+  there = training.dataset.train.labels
+  expected = compute_class_weight('balanced', classes=np.arange(3), y=there)
+  np.testing.assert_allclose(given, [expected])
+  assert np.mean(expected[there]) == pytest.approx(1)
+  words = f'count from {expected[0]:.3g} (0) to {expected[2]:.3g} (2)\n'
+  assert words in capsys.readouterr().out

@@ -533,6 +533,10 @@ def test_a_key_without_effect_is_refused_with_the_condition(name):
     ({'optimizer.ema_decay': 1.0}, r'^optimizer.ema_decay=1.0: '),
     ({'class_weights': (0.0, 0.0)}, r'^class_weights=\(0.0, 0.0\): one above 0'),
     (
+      {'class_weights': (1.0, 2.0), 'balance_classes': True},
+      r'^class_weights=\(1.0, 2.0\) with balance_classes=true: one of the two is needed',
+    ),
+    (
       {'batch_size': 96, 'model.bn_group_size': 64},
       r'^model.bn_group_size=64 does not divide batch_size=96$',
     ),

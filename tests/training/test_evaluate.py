@@ -12,7 +12,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 from cvt_flax.data import resident
 from cvt_flax.models.cvt import CvT
 from cvt_flax.training import sharding
-from cvt_flax.training.evaluate import alarm, evaluate, make_eval_step
+from cvt_flax.training.evaluate import collect, make_answer, summarize
+from cvt_flax.training.summary import alarm, metrics_line
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 IMAGES, BATCH, CLASSES = 37, 8, 7  # the last batch is five images and three of padding
@@ -67,21 +68,28 @@ def expected(arrays, variables, classes=CLASSES, competing=slice(None)):
     'per_class': [pytest.approx(hits[m, 0].mean(), rel=1e-6) if m.any() else None for m in members],
     'balanced_accuracy': pytest.approx(np.mean([hits[m, 0].mean() for m in members if m.any()])),
     'predicted': np.bincount(order[:, 0], minlength=classes).tolist(),
+    'majority': max(sum(m) for m in members) / len(logits),
   }
+
+
+ALL = np.ones(CLASSES, bool)
 
 
 def evaluated(model, variables, arrays, batch_size=BATCH, devices=1, classes=None):
   """Evaluates as a run does: the split on every device, each batch divided among them."""
   mesh = sharding.make_mesh(devices)
-  step = make_eval_step(model, MEAN, STD, classes)
+  answer = make_answer(model, MEAN, STD)
+  classes = np.ones(model.num_classes, bool) if classes is None else classes
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def eval_at(variables, arrays, position):
     batch = resident.eval_batch(arrays, position, batch_size=batch_size)
-    return step(variables, jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh)))
+    batch = jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
+    return answer(variables, batch, classes)
 
   placed = jax.device_put((variables, arrays), sharding.replicated(mesh))
-  return evaluate(eval_at(*placed, i) for i in range(-(-len(arrays.label) // batch_size)))
+  answers = collect(eval_at(*placed, i) for i in range(-(-len(arrays.label) // batch_size)))
+  return summarize(answers, model.num_classes)
 
 
 @pytest.mark.parametrize('batch_size', [8, 37, 64], ids=['padded', 'one whole', 'one padded'])
@@ -96,9 +104,11 @@ def test_padding_would_have_been_a_hit():
   """So the test above fails when padding counts: it is taken for class 0, which is its label."""
   batch = resident.eval_batch(split(), 4, batch_size=BATCH)
   assert batch['mask'].sum() == IMAGES - 32
-  step = make_eval_step(Linear(), MEAN, STD)
-  unmasked = evaluate([step(weights(), batch | {'mask': jnp.ones(BATCH)})])
-  masked = evaluate([step(weights(), batch)])
+  answer = make_answer(Linear(), MEAN, STD)
+  unmasked, masked = (
+    summarize(collect([answer(weights(), batch | {'mask': mask}, ALL)]), CLASSES)
+    for mask in (jnp.ones(BATCH), batch['mask'])
+  )
   assert unmasked['images'] == BATCH and masked['images'] == IMAGES - 32
   assert unmasked['top1'] > masked['top1']
 
@@ -136,8 +146,8 @@ def test_metrics_of_two_classes_are_scikit_learns(batch_size, devices):
   assert found == expected(arrays, variables, classes=2) | {
     'f1': pytest.approx(f1_score(label, taken)),
     'auc': pytest.approx(roc_auc_score(label, margin)),
-    'majority': pytest.approx(1 - label.mean()),
   }
+  assert found['majority'] == pytest.approx(1 - label.mean())
   assert len({found[name] for name in ('top1', 'balanced_accuracy', 'f1', 'auc', 'majority')}) == 5
 
 
@@ -192,16 +202,18 @@ def several_labels(rng, images=IMAGES):
 
 def evaluated_labels(arrays, labels, classes=None):
   """Evaluates in batches, the last of them padded, where every class of padding is right."""
-  step = jax.jit(make_eval_step(Linear(), MEAN, STD, classes))
+  answer = jax.jit(make_answer(Linear(), MEAN, STD))
   padded = np.pad(labels, ((0, -len(labels) % BATCH), (0, 0)), constant_values=True)
-  return evaluate(
-    step(
+  answers = collect(
+    answer(
       weights(),
       resident.eval_batch(arrays, i, batch_size=BATCH)
       | {'labels': padded[i * BATCH : (i + 1) * BATCH]},
+      ALL if classes is None else classes,
     )
     for i in range(len(padded) // BATCH)
   )
+  return summarize(answers, CLASSES)
 
 
 @pytest.mark.parametrize('competing', [None, [0, 2, 3, 4, 5, 6]], ids=['all', 'some'])
@@ -233,8 +245,19 @@ def test_a_list_of_one_label_is_the_label():
   assert found == {name: of_one[name] for name in ('top1', 'top5', 'images')}
 
 
-def test_an_evaluation_that_is_stopped_before_its_first_batch_has_no_metrics():
-  assert evaluate(iter(())) == {}
+def test_an_evaluation_that_is_stopped_before_its_first_batch_has_no_answers():
+  assert collect(iter(())) == {}
+
+
+def test_uneven_classes_are_told_with_what_the_most_frequent_one_would_score():
+  even = split().replace(label=np.arange(IMAGES, dtype=np.int32) % CLASSES)
+  found = evaluated(Linear(), weights(), even)
+  assert metrics_line(found, 'abcdefg').startswith(f'top-1 {found["top1"]:.4f}  top-5 ')
+  label = np.where(np.arange(IMAGES) < 12, 2, even.label)
+  found = evaluated(Linear(), weights(), even.replace(label=label.astype(np.int32)))
+  assert f'majority class {max(np.bincount(label)) / IMAGES:.4f}  balanced ' in (
+    metrics_line(found, 'abcdefg')
+  )
 
 
 @pytest.mark.parametrize(

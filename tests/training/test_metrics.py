@@ -203,6 +203,11 @@ def test_a_terminal_gets_one_line_that_is_written_over_about_once_a_second(clock
   assert stream.getvalue() == text  # the line is there already
   shown.say('done')
   assert stream.getvalue() == text + '\r\x1b[Kdone\n'
+  shown.end()
+  assert stream.getvalue().endswith('done\n')  # it stays, and what comes next has its own line
+  take_steps(shown, clock, [41], seconds=2.0)
+  shown.end()
+  assert stream.getvalue().endswith(' left\n')
 
 
 @pytest.mark.parametrize(

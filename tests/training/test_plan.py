@@ -85,7 +85,8 @@ def test_the_batch_that_would_fit_is_by_proportion(eight, monkeypatch):
   monkeypatch.setattr(topology, 'find', lambda _: topology.Topology('t', devices, 10**9, 1e9))
   found = plan.plan(eight)
   of = found.memory
-  assert found.images_that_fit == (10**9 - of['state']) * 32 // (of['needed'] - of['state'])
+  # What is resident does not grow with the batch.
+  assert found.images_that_fit == (10**9 - of['arguments']) * 32 // (of['needed'] - of['arguments'])
   assert f'about {found.images_that_fit} images would fit' in str(found)
 
 
@@ -103,6 +104,9 @@ def test_data_that_is_not_there(eight, tmp_path):
 def test_what_training_would_refuse(eight):
   eight.class_weights = (1.0, 2.0, 3.0)
   with pytest.raises(UserError, match='class_weights=.*: one for each of the 2 classes'):
+    plan.plan(eight, 'cpu:1')
+  eight.class_weights, eight.model.kv_strides = (), (4,)
+  with pytest.raises(UserError, match='leaves stage 0 of the model a single key'):
     plan.plan(eight, 'cpu:1')
 
 

@@ -342,8 +342,8 @@ def test_a_run_that_tells_nothing_apart_says_so(config, tmp_path, capsys):
 @pytest.mark.parametrize(
   ('batch_size', 'devices', 'groups', 'words'),
   [
-    (96, 1, 4, 'try --config.batch_size=48, with another --workdir'),
-    (24, 8, 4, 'try --config.batch_size=8, with another --workdir'),  # 12 is not for 8 devices
+    (96, 1, 4, 'try --config.batch_size=48, or a larger optimizer.accumulate_steps'),
+    (24, 8, 4, 'try --config.batch_size=8, or a larger'),  # 12 is not for 8 devices
     (24, 1, 12, 'a smaller one has to be a multiple of 24: change mesh.data, model.bn_group_size'),
   ],
 )
@@ -361,11 +361,35 @@ def test_too_little_memory_is_told_with_a_batch_to_try(
   assert '\n' not in str(error.value)
 
 
+def test_a_run_that_came_to_nothing_keeps_no_other_from_its_folder(
+  config, tmp_path, monkeypatch, capsys
+):
+  def step(state, batch):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
+
+  expected = loop.run(config, tmp_path / 'new')
+  larger = config.copy_and_resolve_references()
+  larger.batch_size, larger.eval.test_holdout = 32, 0.0
+  with monkeypatch.context() as patch, pytest.raises(UserError, match='batch_size=32 is too large'):
+    patch.setattr(program, 'make_train_step', lambda *_, **__: step)
+    loop.run(larger, tmp_path / 'run')
+  assert f'{tmp_path}/run holds' not in capsys.readouterr().out
+  assert loop.run(config, tmp_path / 'run') == expected
+  assert f'{tmp_path}/run holds a run that came to no checkpoint' in capsys.readouterr().out
+  larger.batch_size = 48
+  with pytest.raises(UserError, match='holds a run of another config'):
+    loop.run(larger, tmp_path / 'run')
+  # Metrics are worth keeping where somebody removed the checkpoints.
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+  with pytest.raises(UserError, match='holds a run of another config'):
+    loop.run(larger, tmp_path / 'run')
+
+
 def test_too_little_memory_for_an_evaluation_names_its_own_key(config, tmp_path, monkeypatch):
-  def step(variables, batch):
+  def answer(variables, batch, classes):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')
 
-  monkeypatch.setattr(setup, 'make_eval_step', lambda *_, **__: step)
+  monkeypatch.setattr(setup, 'make_answer', lambda *_: answer)
   config.mesh.data, config.eval.batch_size = 8, 40
   message = 'eval.batch_size=40 is too large .*: try --config.eval.batch_size=16, or smaller images'
   with pytest.raises(UserError, match=message):

@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from cvt_flax.errors import Diverged, Interrupted, UserError
@@ -41,7 +42,11 @@ def test_each_seed_is_a_run_like_any_other(seeds, tmp_path, capsys, monkeypatch)
   assert list(found) == ['seed-3', 'seed-4'] and found['seed-3'] != found['seed-4']
   # The first was there already, and is left as it is.
   assert found['seed-3'] | expected == found['seed-3']
-  assert f'{tmp_path}/seed-3 is finished' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert f'{tmp_path}/seed-3 is finished' in out
+  tops = [metrics['test/top1'] for metrics in found.values()]
+  words = f'test: top-1 {np.mean(tops):.4f} ± {np.std(tops, ddof=1):.4f} over 2 seeds\n'
+  assert out.endswith(words)
   assert all(p.stat().st_mtime_ns == then for p, then in checkpoints.items())
   # The first had none yet.
   assert written == [tmp_path / 'seed-3', tmp_path / 'seed-4', tmp_path]

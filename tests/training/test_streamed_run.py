@@ -114,6 +114,8 @@ def test_an_unreadable_picture(streamed, pictures, tmp_path, capsys, engine):
   assert result['test/images'] == 23
   printed = capsys.readouterr().out
   assert printed.count('left out') == 2  # not once more in every epoch
+  for name in ('train/dark/20.png', 'test/dark/4.png'):
+    assert f'left out {copy}/{name}, which cannot be read' in printed
 
 
 @pytest.mark.parametrize('left', ['nothing', 'an empty folder'])
