@@ -28,8 +28,8 @@ from cvt_flax.models.geometry import StageGeometry, multiply_adds, stage_geometr
 from cvt_flax.predict import Prediction
 from cvt_flax.report import figures, pictures
 from cvt_flax.report.figures import LIGHT
+from cvt_flax.report.plots import curves
 from cvt_flax.report.records import Run
-from cvt_flax.report.single import curves
 from cvt_flax.training.hardware import unused_accelerator
 from cvt_flax.weights import pretrained
 from cvt_flax.weights.pretrained import Weights

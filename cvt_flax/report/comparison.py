@@ -11,8 +11,8 @@ import numpy as np
 from cvt_flax.report import figures, markup, records, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
+from cvt_flax.report.plots import SHARES, Plots
 from cvt_flax.report.records import Group, Run
-from cvt_flax.report.single import SHARES, Plots
 
 _CURVES = (
   ('val/top1', 'val_accuracy', 'Validation top-1 accuracy', True),

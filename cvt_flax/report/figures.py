@@ -23,7 +23,7 @@ _MOST_ANNOTATED = 12  # classes of a confusion matrix that has its numbers in it
 MOST_IN_MATRIX = 40  # classes of which a matrix can still be read
 MOST_BARS = 40
 _GALLERY_COLUMNS = 4
-_LARGEST_EXACT = 64  # pixels of a picture whose pixels are to be seen
+LARGEST_EXACT = 64  # pixels of a picture whose pixels are to be seen: squares, and kept exact
 _LETTER, _BOLD = 0.6, 0.7  # width of a letter in a line, of its height
 
 
@@ -205,7 +205,7 @@ def gallery(
     axes.spines[:].set_visible(False)
     axes.patch.set_visible(False)
     if i < len(pictures):
-      exact = pictures[i].shape[1] <= _LARGEST_EXACT
+      exact = pictures[i].shape[1] <= LARGEST_EXACT
       axes.imshow(pictures[i], interpolation='nearest' if exact else 'antialiased')
       caption = axes.set_xlabel(captions[i], fontsize=_CAPTION, color=theme.text)
       caption.set_parse_math(False)

@@ -18,13 +18,13 @@ from cvt_flax.errors import UserError
 from cvt_flax.models.attention_maps import attention_maps
 from cvt_flax.models.geometry import stage_geometry
 from cvt_flax.ops.pixels import normalize_pixels
+from cvt_flax.report.figures import LARGEST_EXACT
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.records import Run
 from cvt_flax.weights.pretrained import Weights
 
 _SIDE = 160  # pixels of a picture with attention over it
 _HEAT = 0.6  # share of the heat in the mixture
-_LARGEST_EXACT = 64  # pixels of an image that is kept as PNG, which is exact
 _QUALITY = 88  # of JPEG
 # What `tiles` and `largest` show, for who looks at them.
 LEGEND = (
@@ -166,7 +166,7 @@ def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> 
     side: of the squares, in pixels.
   """
   image = Image.fromarray(pixels)
-  exact = image.width <= _LARGEST_EXACT
+  exact = image.width <= LARGEST_EXACT
   image = image.resize(
     (side, side), Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC
   )
@@ -184,7 +184,7 @@ def tiles(pixels: np.ndarray, maps: Sequence[np.ndarray], side: int = _SIDE) -> 
 def thumbnail(pixels: np.ndarray) -> tuple[bytes, str]:
   """Returns an encoded image, at most 224 pixels wide, and its MIME type."""
   image = Image.fromarray(pixels)
-  if image.width <= _LARGEST_EXACT:
+  if image.width <= LARGEST_EXACT:
     return _encoded(image, 'PNG'), 'image/png'
   image.thumbnail((224, 224))
   return _encoded(image, 'JPEG', quality=_QUALITY), 'image/jpeg'

@@ -6,18 +6,15 @@ import pathlib
 from collections import Counter
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
-from cvt_flax.errors import UserError
-from cvt_flax.report import figures, markup, pictures, statistics
-from cvt_flax.report.figures import Line
+from cvt_flax.report import figures, markup, shown, statistics
 from cvt_flax.report.markup import number
+from cvt_flax.report.plots import SHARES, SPLITS, Plots, curves
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.records import Run, are_uneven
-from cvt_flax.weights import pretrained, run_folder
+from cvt_flax.weights import run_folder
 
-_SPLITS = {'val': 'validation', 'test': 'test'}
 # Metrics of two classes, as training.evaluate names them.
 _TWO_CLASSES = {
   'balanced_accuracy': 'balanced accuracy',
@@ -29,31 +26,7 @@ _UNEVEN_CLASSES = {
   'majority': 'most frequent class alone',
   'balanced_accuracy': 'balanced accuracy',
 }
-_MISTAKES, _ATTENDED, _CONFUSED = 12, 6, 10
-_TILE = 1.15  # inches: four, of an image and three stages, are as wide as other figures
-# What the numbers of a run are called; those that are shares of images.
-SHARES = {'top1': 'top-1', 'top5': 'top-5'}
-
-
-class Plots:
-  """Draws figures for a page, and writes each as NAME.png and NAME-dark.png beside it."""
-
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
-
-  def __call__(self, name: str, title: str, draw, *args, **kwargs) -> str:
-    """Returns the figure draw(theme, *args, **kwargs) in both themes, as HTML."""
-    return markup.plot(title, *self.write(name, title, draw, *args, **kwargs))
-
-  def write(self, name: str, title: str, draw, *args, **kwargs) -> list[bytes]:
-    """Writes the figure beside the page alone; returns it as PNG for both themes."""
-    written = []
-    for theme, ending in zip(figures.THEMES, ('', '-dark'), strict=True):
-      figure = draw(theme, *args, **kwargs)
-      figures.entitle(figure, theme, title)
-      written.append(figures.png(figure))
-      (self.folder / f'{name}{ending}.png').write_bytes(written[-1])
-    return written
+_CONFUSED = 10  # of the most frequent mistakes
 
 
 def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
@@ -73,7 +46,7 @@ def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
     )
   else:
     yield _classes(run, p, plots)
-  yield from _of_source(run, p, plots)
+  yield from shown.sections(run, p, plots)
   yield _config(run)
   yield _parameters(run)
 
@@ -81,7 +54,7 @@ def sections(run: Run, folder: pathlib.Path) -> Iterator[str]:
 def _head(run):
   c, final, p = run.config, run.final, run.predictions
   values = []
-  for split, words in reversed(_SPLITS.items()):
+  for split, words in reversed(SPLITS.items()):
     if f'{split}/top1' in final:
       n = final[f'{split}/images']
       low, high = statistics.interval(round(final[f'{split}/top1'] * n), n)
@@ -112,20 +85,6 @@ def _head(run):
   return '\n'.join([*parts, markup.cards(values)])
 
 
-def curves(run: Run, metric: str) -> list[Line]:
-  """Returns 'loss' or 'top1' over epochs: in training, on validation, at last on test."""
-  drawn = []
-  for split, color, style in (('train', 0, 'thin'), ('val', 1, 'line')):
-    x, y = run.curve(f'{split}/{metric}')
-    if x:
-      drawn.append(Line(_SPLITS.get(split, split), x, y, color, style))
-  test = run.final.get(f'test/{metric}')
-  if test is not None:
-    epoch = run.final.get('epoch', run.lines[-1]['epoch'])
-    drawn.append(Line('test', [epoch], [test], 2, 'star'))
-  return drawn
-
-
 def _curves(run, plots):
   parts = []
   for metric, title, percent in (('loss', 'Loss', False), ('top1', 'Top-1 accuracy', True)):
@@ -139,7 +98,7 @@ def _curves(run, plots):
   ):
     x, y = run.curve(metric)
     if x:
-      parts.append(plots(name, title, figures.lines, [Line('', x, y, 0)]))
+      parts.append(plots(name, title, figures.lines, [figures.Line('', x, y, 0)]))
   if not parts:
     return markup.section('Curves', markup.paragraph('The run has not written any metric yet.'))
   note = markup.paragraph(
@@ -166,7 +125,7 @@ def _results(run):
   rows = []
   for split in splits:
     rows.append(
-      [_SPLITS.get(split, split), number(run.score(f'{split}/images'))]
+      [SPLITS.get(split, split), number(run.score(f'{split}/images'))]
       + [number(run.score(f'{split}/{key}'), '.2%') for key in shares]
       + [number(run.score(f'{split}/loss'), '.4f')]
     )
@@ -198,7 +157,7 @@ def _results(run):
       if run.final.get(f'{p.split}/{name}') is not None
     ]
     if found:
-      parts.append(markup.table([f'two classes, {_SPLITS[p.split]}', ''], found))
+      parts.append(markup.table([f'two classes, {SPLITS[p.split]}', ''], found))
       words = f'F1 and AUC are of {positive!r} against the other.'
       parts.append(markup.paragraph(words, faint=True))
   return markup.section('Results', *parts)
@@ -228,7 +187,7 @@ def _classes(run, p: Predictions, plots):
     for i, j, n in statistics.most_confused(p, _CONFUSED)
   ]
   parts = [
-    markup.paragraph(f'{int(p.hits.sum()):,} of {len(p):,} {_SPLITS[p.split]} images are right.')
+    markup.paragraph(f'{int(p.hits.sum()):,} of {len(p):,} {SPLITS[p.split]} images are right.')
   ]
   if not run.final.get('test/top1') and p.split == 'val':
     parts.append(markup.paragraph('There is no test split; the checkpoint was chosen by these.'))
@@ -238,76 +197,6 @@ def _classes(run, p: Predictions, plots):
     parts.append('<h3>Most frequent mistakes</h3>' + markup.table(head, confused))
   parts.append(markup.details('all classes', markup.table(['class', 'images', 'accuracy'], rows)))
   return markup.section('Classes', *parts)
-
-
-def _of_source(run, p, plots):
-  """Yields what needs the images of the run's source: mistakes and attention."""
-  try:
-    source = pictures.Source(run)
-  except UserError as e:
-    yield markup.section('Images', markup.paragraph(f'Images cannot be shown: {e}.'))
-    return
-  for title, part in (('Worst mistakes', _mistakes), ('Attention', _attention)):
-    try:
-      found = part(run, p, source, plots)
-    except (UserError, jax.errors.JaxRuntimeError) as e:  # the latter where memory is too little
-      found = [markup.paragraph(f'This cannot be shown: {e}.')]
-    if found:
-      yield markup.section(title, *found)
-
-
-def _mistakes(run, p, source, plots):
-  if p is None:
-    return []
-  shown, drawn, captions = [], [], []
-  for i in statistics.worst_mistakes(p, _MISTAKES):
-    example = source.example(int(p.index[i]), int(p.label[i]))
-    pixels = source.pixels(example)
-    data, kind = pictures.thumbnail(pixels)
-    caption = (
-      f'predicted {run.class_names[p.prediction[i]]}: {p.probability[i]:.1%}\n'
-      f'true {run.class_names[p.label[i]]}: {p.label_probability[i]:.1%}'
-    )
-    called = f'{caption}\n{pathlib.PurePath(example.name).name}'
-    shown.append(markup.picture(data, kind, called, exact=kind == 'image/png'))
-    drawn.append(pixels)
-    captions.append(caption)
-  # The page has them one by one.
-  plots.write('mistakes', 'Worst mistakes', figures.gallery, drawn, captions)
-  if not shown:
-    return [markup.paragraph('There are none: every image is right.')]
-  words = 'Those that the network was surest of. They may show wrong labels as well.'
-  return [markup.paragraph(words, faint=True), markup.thumbnails(shown)]
-
-
-def _attention(run, p, source, plots):
-  weights = pretrained.load(run.folder)
-  examples = source.spread(p, _ATTENDED)
-  pixels = np.stack([source.pixels(e) for e in examples])
-  found = pictures.attended(weights, pixels)
-  predicted = {}
-  if p is not None:
-    predicted = dict(zip(p.index.tolist(), p.prediction.tolist(), strict=True))
-  drawn = [attention for attention in found if not attention.single]
-  shown = []
-  for i, example in enumerate(examples):
-    maps = [attention.maps[i] for attention in drawn]
-    tiles, captions = pictures.tiles(pixels[i], maps), ['image']
-    captions += [
-      f'{a.stage}\n{a.size}\n{pictures.largest(m)}' for a, m in zip(drawn, maps, strict=True)
-    ]
-    title = f'true {run.class_names[example.label]}'
-    guess = predicted.get(example.index)
-    if guess is not None and guess != example.label:
-      title += f', predicted {run.class_names[guess]}'
-    options = dict(columns=len(tiles), side=_TILE)
-    shown.append(plots(f'attention-{i}', title, figures.gallery, tiles, captions, **options))
-  described = [f'{a.stage}: {a.of}{", a single key, not shown" if a.single else ""}' for a in found]
-  words = (
-    'The image, then where the last block of each stage looks, the mean over its heads. '
-    f'{pictures.LEGEND} {"; ".join(described).capitalize()}.'
-  )
-  return [markup.paragraph(words, faint=True), markup.grid(shown)]
 
 
 def _config(run):

@@ -183,6 +183,8 @@ def test_images_of_a_test_split_that_was_held_out_are_found(tmp_path, make_run):
   Predictions('test', 10, index, label, wrong, p, 1 - p).save(folder / 'predictions.npz')
   page = Page(write_report([folder]))
   assert 'Worst mistakes' in page.headings and 'Images cannot be shown' not in page.words
+  name = dataset.test.name_of(index[0])
+  assert name.endswith(f'#{index[0]}') and name in page.words  # the first mistake's
 
 
 def test_parameters_of_a_run_that_splits_them_are_read(make_run):
@@ -257,7 +259,8 @@ def test_runs_of_one_config_are_put_together(make_run):
   words = ' '.join(Page(path).words.split())
   assert 'a: 2 seeds, 0, 2' in words and 'a test top-1 85.83% 8.25% 80.00% 91.67% 2' in words
   assert 'b test top-1 83.33% – – – 1' in words
-  again = make_run('a-again', seed=0, hits=30, log_every=9)  # a seed that is there is another config's
+  # A seed that is there already makes it another config's.
+  again = make_run('a-again', seed=0, hits=30, log_every=9)
   words = ' '.join(Page(write_report([*folders, again])).words.split())
   assert 'a-again test top-1 50.00%' in words and 'The configs do not differ.' in words
 
