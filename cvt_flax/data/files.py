@@ -18,7 +18,6 @@ import numpy as np
 from cvt_flax.data.dataset import Example, Split, sha256
 
 _BLOCK = 64  # names: to look one up is quick, and larger blocks are hardly smaller
-_OPEN_FILES = 8_192
 # What makes a file an image that cannot be decoded; other errors are of what it lies on.
 _OF_THE_FILE = {
   errno.ENOENT,
@@ -29,23 +28,6 @@ _OF_THE_FILE = {
   errno.ELOOP,
   errno.ENAMETOOLONG,
 }
-
-
-def allow_open_files() -> None:
-  """Raises the number of files that this process, and those it starts, may have open.
-
-  ArrayRecord keeps every file open that it has read from, and TFDS's ImageNet has 1,024 for train;
-  what processes hand each other is a file, too. Many systems allow 1,024 to a program that does not
-  ask for more.
-  """
-  try:
-    import resource
-  except ImportError:  # Windows
-    return
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-  if soft != resource.RLIM_INFINITY and soft < wanted:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class NamePacker:

@@ -1,4 +1,4 @@
-"""What of the machine this process may use: cores and memory, as its container limits them.
+"""What of the machine this process may use: cores and memory, as its container limits them; files.
 
 Containers do so by control groups; their version 2 is read.
 """
@@ -11,6 +11,7 @@ _CGROUPS = pathlib.Path('/sys/fs/cgroup')
 _OWN_CGROUP = pathlib.Path('/proc/self/cgroup')
 # What the kernel drops when memory is short; MemAvailable of the whole machine counts it, too.
 _RECLAIMABLE = ('inactive_file', 'active_file', 'slab_reclaimable')
+_OPEN_FILES = 8_192
 
 
 def cores() -> int:
@@ -27,6 +28,23 @@ def cores() -> int:
 def available_memory() -> float:
   """Returns the bytes of memory that can be had without swapping; where unknown, infinity."""
   return min([_of_machine(), *map(_left_in, _cgroups())])
+
+
+def allow_open_files() -> None:
+  """Raises the number of files that this process, and those it starts, may have open.
+
+  ArrayRecord keeps every file open that it has read from, and TFDS's ImageNet has 1,024 for train;
+  what processes hand each other is a file, too. Many systems allow 1,024 to a program that does not
+  ask for more.
+  """
+  try:
+    import resource
+  except ImportError:  # Windows
+    return
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _of_machine():

@@ -31,7 +31,6 @@ import numpy as np
 from absl import flags
 
 from cvt_flax.data import images, machine
-from cvt_flax.data.files import allow_open_files
 from cvt_flax.errors import UserError
 from cvt_flax.rng import Stream
 
@@ -281,7 +280,7 @@ def _from_processes(pieces: grain.MapDataset, workers: int) -> Iterator[Batch]:
   """
   if not flags.FLAGS.is_parsed():  # in a notebook; Grain asks absl for flags of its own
     flags.FLAGS.mark_as_parsed()
-  allow_open_files()  # each piece that is ahead is one
+  machine.allow_open_files()  # each piece that is ahead is one
   made = _closing(
     grain.experimental.WithOptionsIterDataset(
       pieces.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),

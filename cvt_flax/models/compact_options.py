@@ -8,12 +8,11 @@ import typing
 import numpy as np
 
 from cvt_flax.models.layers import ACTIVATIONS
-from cvt_flax.models.options import choice
+from cvt_flax.models.options import POOLS, choice
 
 if typing.TYPE_CHECKING:
   from cvt_flax.models.compact import CompactViT
 
-POOLS = ('cls', 'seq', 'mean')
 POSITIONS = ('learnable', 'sine', 'none')
 
 

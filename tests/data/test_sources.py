@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt_flax.data import array_source, dataset, folder_source, images, sources, tfds_source
+from cvt_flax.data import array_source, cifar, dataset, folder_source, images, sources
 from cvt_flax.errors import UserError
 
 
@@ -791,10 +791,10 @@ def test_what_another_process_has_prepared_meanwhile_is_read(cifar10, tfds, monk
   monkeypatch.setattr('requests.head', lambda url, timeout: None)
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'download_and_prepare', slower)
   builder = tfds.builder('cifar10', data_dir=data_dir)
-  tfds_source._prepare_cifar(builder, str(data_dir))
+  cifar.prepare_cifar(builder, str(data_dir))
   builder = tfds.builder('cifar10', data_dir=data_dir / 'elsewhere')
   with pytest.raises(UserError, match='Directory not empty'):
-    tfds_source._prepare_cifar(builder, str(data_dir / 'elsewhere'))
+    cifar.prepare_cifar(builder, str(data_dir / 'elsewhere'))
 
 
 @pytest.mark.parametrize(
