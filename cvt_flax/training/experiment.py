@@ -34,7 +34,7 @@ _OF_EVALUATION = (
   'eval.test_holdout',
   'optimizer.ema_decay',
 )
-_OF_COMPUTING = ('model.dtype', 'model.bn_group_size', 'model.remat')
+OF_COMPUTING = ('model.dtype', 'model.bn_group_size', 'model.remat')
 
 # What keeps a second run out of a folder; it stays there, empty.
 _LOCK = '.lock'
@@ -227,7 +227,7 @@ def check_config(
     name: pair
     for name, pair in differences(saved, now).items()
     if (
-      name in _OF_EVALUATION or name.startswith('model.') and name not in _OF_COMPUTING
+      name in _OF_EVALUATION or name.startswith('model.') and name not in OF_COMPUTING
       if evaluation
       else not name.startswith(may_differ)
     )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import numpy as np
 from flax import traverse_util
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.zoo import create_model, list_models
 from cvt_flax.ops.logits import num_classes
+from cvt_flax.training import experiment
+from cvt_flax.training.config import ModelConfig, differences
 from cvt_flax.weights import architecture, layouts, pretrained
 from cvt_flax.weights.description import same_classes
 from cvt_flax.weights.preprocessing import Preprocessing
@@ -80,7 +84,10 @@ def initial_variables(
       f'init_from={source} has positions for images of {size}x{size}: '
       f'--config.image_size={size} is needed'
     )
-  layouts.check(f'init_from={source}', body, found)
+  try:
+    layouts.check(f'init_from={source}', body, found)
+  except UserError as e:
+    raise UserError(f'{e}{_trained_with(weights, source)}') from e
   anew = '; the head starts anew, '
   if same_classes(names, class_names):
     anew += f'with {model.num_classes} logits in place of {classes}'
@@ -93,13 +100,14 @@ def initial_variables(
   # The activation may be chosen: the same weights are used with both.
   if not new_head and changed.keys() - {'activation'}:
     raise UserError(f'{source} is of another network than this config: {_arrows(changed)}')
+  warning = 'WARNING: ' if changed.keys() - {'activation'} else ''
   steps, own = (
     dataclasses.asdict(weights.description.preprocessing),
     dataclasses.asdict(preprocessing),
   )
   changed |= {name: (steps[name], own[name]) for name in own if steps[name] != own[name]}
   if changed:
-    print(f'not as the weights say, but as this config does: {_arrows(changed)}')
+    print(f'{warning}not as the weights say, but as this config does: {_arrows(changed)}')
   return leaves
 
 
@@ -111,6 +119,22 @@ def _name(model):
     if same_class and architecture.differences(named, model).keys() <= {'activation'}:
       return name
   return ''
+
+
+def _trained_with(weights, source):
+  """Returns, for a run, the flags by which its config says its network; else ''."""
+  read = weights.kind == pretrained.RUN and experiment.read(storage.path_of(source))
+  if not read:
+    return ''
+  saved = read.config
+  default = dataclasses.replace(saved, model=ModelConfig())
+  found = {
+    name: value
+    for name, (_, value) in differences(default, saved).items()
+    if name not in experiment.OF_COMPUTING
+  }
+  flags = (f'--config.{name}={shlex.quote(str(value))}' for name, value in found.items())
+  return f'; it was trained with {" ".join(flags)}'
 
 
 def _other_size(theirs, ours):

@@ -1,6 +1,8 @@
 """init_from: runs and evaluations that start from weights."""
 
+import ast
 import json
+import shlex
 import shutil
 
 import jax
@@ -124,6 +126,25 @@ def test_weights_that_do_not_fit(attributes, message, config, weights, tmp_path)
   config.init_from = str(weights(**attributes))
   with pytest.raises(UserError, match=rf'^init_from=\S+ does not fit the model; .*{message}'):
     loop.run(config, tmp_path / 'run')
+
+
+def test_a_run_that_does_not_fit_says_by_which_flags_it_would(trained, npz, tmp_path):
+  config = get_config()
+  config.source, config.image_size, config.batch_size = f'npz:{npz}', 8, 16
+  config.init_from, config.model.name = str(trained[1]), 'cvt-nano'
+  with pytest.raises(UserError, match='does not fit the model; .*; it was trained with ') as error:
+    loop.run(config, tmp_path / 'run')
+  flags = shlex.split(str(error.value).partition('trained with ')[2])
+  assert '--config.model.patch_sizes=(3,)' in flags and not any('bn_group' in f for f in flags)
+  for flag in flags:
+    name, _, value = flag.removeprefix('--config.').partition('=')
+    config.update_from_flattened_dict({name: type_of(config, name)(value)})
+  config.model.bn_group_size = 4
+  first_state(config, tmp_path / 'run')
+
+
+def type_of(config, name):
+  return str if name == 'model.name' else ast.literal_eval
 
 
 def test_weights_of_another_named_network(npz, tmp_path):
