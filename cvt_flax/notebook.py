@@ -228,6 +228,9 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
   predictions = list(predictions)
   if not predictions:
     raise UserError('no prediction is given')
+  for found in predictions:
+    if found.error:
+      raise UserError(found.error)
   figure = _figure(7, 1.75 * len(predictions) + 0.4, layout='constrained')
   grid = figure.subplots(len(predictions), 2, squeeze=False, width_ratios=(1, 1.6))
   # One scale, to compare them; what is less than a tenth is to look small.

@@ -279,12 +279,12 @@ def test_an_unreadable_image_costs_no_other_its_line(form, weights, capsys, tmp_
     (tmp_path / name).write_bytes(CHINA.read_bytes())
   (tmp_path / 'b.jpg').write_text('x')
   images = [tmp_path / f'{name}.jpg' for name in 'abc']
-  form = f'--csv={tmp_path / "p.csv"}' if form == '--csv' else form
-  options = [f'--weights={weights}', '--batch_size=1', *[form][: len(form)]]
+  options = [f'--weights={weights}', '--batch_size=1']
+  options += {'--json': ['--json'], '--csv': [f'--csv={tmp_path / "p.csv"}'], '': []}[form]
   with pytest.raises(UserError, match='^1 of the images could not be read, and are left out$'):
     predict.main([*options, *map(str, images)])
   out, err = capsys.readouterr()
-  written = (tmp_path / 'p.csv').read_text() if 'csv' in form else out
+  written = (tmp_path / 'p.csv').read_text() if form == '--csv' else out
   assert [str(path) in written for path in images] == [True, False, True]
   assert err.startswith(f'{images[1]} is not an image')
 

@@ -108,7 +108,8 @@ def _sizes(groups):
   rows = []
   for group in groups:
     first = group.runs[0]
-    rates = [rate for run in group.runs for rate in run.curve('train/images_per_sec')[1]]
+    same = [run for run in group.runs if run.devices() == first.devices()]
+    rates = [rate for run in same for rate in run.curve('train/images_per_sec')[1]]
     rows.append(
       [group.name, str(first.config['model.name'])]
       + [number(sum(size for _, _, size in first.parameters()) or None)]
@@ -116,7 +117,10 @@ def _sizes(groups):
       + [first.devices()]
     )
   head = ['config', 'model', 'parameters', 'images a second', 'on']
-  words = 'Images a second are the median of training, evaluations and checkpoints not counted.'
+  words = (
+    'Images a second are the median of training, evaluations and checkpoints not counted, of the '
+    'runs that were on the same devices as the first.'
+  )
   table = markup.table(head, rows)
   return markup.section('Size and speed', table, markup.paragraph(words, faint=True))
 

@@ -21,7 +21,8 @@ from cvt_flax.weights import run_folder
 # The runs of one config over several seeds lie in one folder, each in one of this name.
 SEED_FOLDER = 'seed-{}'
 # In what the runs of one config may differ, and a run that goes on from what it was, by how the
-# names of keys begin: how it is computed, watched and kept. No result depends on it.
+# names of keys begin: how it is computed, watched and kept. Nothing that is computed depends on it;
+# eval.every_epochs says which checkpoints there are to choose from.
 MAY_DIFFER = (
   'data_dir',
   'skip_unreadable',
@@ -147,13 +148,25 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
     for i, group in enumerate(groups):
       both = (*group.runs, *runs)
       seeds = {run.seed for run in both}
-      if len(seeds) == len(both) and not _differences(group.runs[0], runs[0]):
+      if len(seeds) == len(both) and _are_of_one_config(group.runs[0], runs[0]):
+        short = re.sub(r'-seed\d+$', '', group.name)
         ordered = tuple(sorted(both, key=lambda run: run.seed))
-        groups[i] = Group(re.sub(r'-seed\d+$', '', group.name), ordered)
+        groups[i] = Group(group.name if short in names else short, ordered)
         break
     else:
       groups.append(Group(name, runs))
   return groups
+
+
+def _are_of_one_config(a: Run, b: Run) -> bool:
+  """Whether nobody could tell runs apart but by their seed; an older version's may be another's."""
+  every = 'eval.every_epochs'
+  return (
+    a.class_names == b.class_names
+    and a.config.keys() == b.config.keys()
+    and a.config[every] == b.config[every]
+    and not _differences(a, b)
+  )
 
 
 def _differences(a: Run, b: Run) -> list[str]:
@@ -165,9 +178,16 @@ def _differences(a: Run, b: Run) -> list[str]:
   )
 
 
-def are_uneven(majority: float, classes: int) -> bool:
-  """Whether top-1 says little of rare classes, by the share of images of the most frequent one."""
-  return majority * classes > 1.5
+def are_uneven(metrics: Mapping) -> bool:
+  """Whether top-1 says little of rare classes: whether one has over 1.5 times its even share.
+
+  Args:
+    metrics: of an evaluation; 'majority' and 'per_class', None for a class without images.
+  """
+  if 'majority' not in metrics:  # of images with several labels, and of earlier versions
+    return False
+  classes = sum(share is not None for share in metrics['per_class'])
+  return metrics['majority'] * classes > 1.5
 
 
 def is_of_seed(folder: pathlib.Path) -> bool:

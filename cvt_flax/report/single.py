@@ -117,10 +117,12 @@ def _results(run):
     for key, words in SHARES.items()
     if any(run.score(f'{split}/{key}') is not None for split in splits)
   }
-  count = len(run.class_names)
-  if count > 2 and any(
-    are_uneven(run.final.get(f'{split}/majority', 0), count) for split in splits
-  ):
+  names = ('majority', 'per_class')
+  evaluations = (
+    {name: run.final[key] for name in names if (key := f'{split}/{name}') in run.final}
+    for split in splits
+  )
+  if len(run.class_names) > 2 and any(map(are_uneven, evaluations)):
     shares |= _UNEVEN_CLASSES
   rows = []
   for split in splits:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from jax.sharding import Mesh
 
@@ -102,21 +103,12 @@ def _with_defaults(saved: dict, defaults: dict) -> dict:
 
 
 def has_begun(folder: pathlib.Path) -> bool:
-  """Whether a run has come to something that is worth keeping: to a checkpoint, as far as is known.
-
-  In an object store, where nothing locks, another process may be at the first steps: it is taken
-  for one that has.
-  """
+  """Whether a run has come to something that is worth keeping: an evaluation, or a checkpoint."""
   checkpoints = folder / run_folder.CHECKPOINTS
-  return (
-    storage.is_remote(folder)
-    or checkpoints.is_dir()
-    and any(path.name.isdigit() for path in checkpoints.iterdir())
-    or any(  # of a run whose checkpoints were removed
-      'checkpoint' in line or 'val/top1' in line
-      for line in run_folder.read_metrics(folder / run_folder.METRICS)
-    )
-  )
+  if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
+    return True
+  lines = run_folder.read_metrics(folder / run_folder.METRICS)  # checkpoints may have been removed
+  return any('checkpoint' in line or 'val/top1' in line for line in lines)
 
 
 def check_folder(folder: pathlib.Path, holds_run: bool, evaluation: bool) -> None:
@@ -144,11 +136,11 @@ def _check_writable(folder):
 
 
 @contextlib.contextmanager
-def only_one(folder: pathlib.Path):
+def only_one(folder: pathlib.Path) -> Iterator[bool]:
   """Keeps a second process from training in the same folder, while the block lasts.
 
   It cannot where nothing locks: in an object store, on Windows, and where a file system over a
-  network is mounted without locks.
+  network is mounted without locks. Yields whether it does.
   """
   storage.make_folder(folder, f'--workdir={folder}')
   try:
@@ -156,10 +148,11 @@ def only_one(folder: pathlib.Path):
   except ImportError:  # Windows
     fcntl = None
   if not fcntl or storage.is_remote(folder):
-    yield
+    yield False
     return
   # Of a file that is written to: over NFS a folder would be locked on this machine alone.
   handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+  locked = True
   try:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,7 +161,8 @@ def only_one(folder: pathlib.Path):
     except OSError as e:
       if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
         raise
-    yield
+      locked = False
+    yield locked
   finally:
     os.close(handle)
 

@@ -85,7 +85,7 @@ def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Ite
     flag: that says the batch size, as '--config.eval.batch_size'.
     batch_size: what it is.
     unit: what has to divide a batch: devices, groups of batch norm, microbatches.
-    also: what else has to change with it.
+    also: what else helps.
 
   Raises:
     UserError: the memory of a device is too little.
@@ -101,7 +101,7 @@ def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Ite
       words += ': change mesh.data, model.bn_group_size or optimizer.accumulate_steps with it'
     given = f'{flag.removeprefix("--").removeprefix("config.")}={batch_size}'
     raise UserError(
-      f'{given} is too large for the memory of a device: {words}{also}, or smaller images'
+      f'{given} is too large for the memory of a device: {words}, or smaller images{also}'
     ) from e
 
 

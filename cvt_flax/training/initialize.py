@@ -123,12 +123,14 @@ def _name(model):
 
 def _trained_with(weights, source):
   """Returns, for a run, the flags by which its config says its network; else ''."""
-  read = weights.kind == pretrained.RUN and experiment.read(storage.path_of(source))
-  if not read:
+  if weights.kind != pretrained.RUN:
     return ''
-  saved = read.config
+  try:
+    saved = experiment.read(storage.path_of(source)).config
+  except (UserError, AttributeError):  # damaged, of another version, or not there
+    return ''
   default = dataclasses.replace(saved, model=ModelConfig())
-  found = {
+  found = {'model.name': saved.model.name} | {
     name: value
     for name, (_, value) in differences(default, saved).items()
     if name not in experiment.OF_COMPUTING

@@ -132,7 +132,11 @@ def _train(config, folder, watch):
   processes.wait_for_all('the run folder is read')
   with contextlib.ExitStack() as stack:
     if processes.is_first():
-      stack.enter_context(experiment.only_one(folder))
+      locked = stack.enter_context(experiment.only_one(folder))
+      if training.unbegun:
+        if not locked or experiment.has_begun(folder):  # another may be, or was, at its first steps
+          experiment.check_config(folder, training.unbegun.config, config, evaluation=False)
+        print(f'{folder} holds a run that came to no checkpoint; it begins anew')
       if not training.saved:
         training.write_experiment()
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
@@ -165,10 +169,10 @@ def _train(config, folder, watch):
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
     c = config
     unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
-    also = ', with another --workdir' if start else ''  # as a run keeps its batch size
-    also += ', or a larger optimizer.accumulate_steps (docs/pods.md, Memory)'
+    also = ', or a larger optimizer.accumulate_steps (docs/pods.md, Memory)'
     if c.engine == 'resident':
       also += ', or engine=stream'
+    also += '; once there is a checkpoint, with another --workdir'  # as a run keeps these
     memory = told_of_memory('--config.batch_size', c.batch_size, unit, also)
     with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
@@ -311,6 +315,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
       settle(0)
       raise interrupted(done)
   checkpoints.wait()
+  progress.end()
 
 
 def _finish(training, checkpoints, writer, signals):

@@ -65,7 +65,7 @@ def check_attention(model: CvT | CompactViT, image_size: int):
         'does nothing: set model.kv_strides to 1 there, smaller model.patch_strides, or larger '
         'images'
       )
-    if stage.keys == 2:
+    if stage.keys == 2 and isinstance(model, CvT):
       print(
         f'WARNING: image_size={image_size} leaves stage {s} of the model two keys, which is little '
         'to attend to: cvt-13-small-images and cvt-small are for small images'

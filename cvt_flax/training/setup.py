@@ -59,9 +59,9 @@ class Setup:
     self.saved = None if weights else experiment.read(folder)
     if not weights:
       experiment.check_folder(folder, self.saved is not None, evaluation)
+    self.unbegun = None  # a run that came to nothing, whose folder another may have
     if self.saved and not evaluation and not experiment.has_begun(folder):
-      print(f'{folder} holds a run that came to no checkpoint; it begins anew')
-      self.saved = None
+      self.saved, self.unbegun = None, self.saved
     # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout = 0.0 if weights else config.eval.holdout
     test_holdout = config.eval.test_holdout
@@ -268,6 +268,7 @@ class TrainingSetup(Setup):
     """Returns the first state with the weights of config.init_from in it, if any."""
     if not self.config.init_from:
       return state
+    # Read already, unless the run's checkpoints were removed.
     leaves, self.initial = self.initial or self._read_weights(), None
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     variables = initialize.replace_leaves(variables, leaves)

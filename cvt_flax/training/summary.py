@@ -79,7 +79,7 @@ def metrics_line(metrics: dict, class_names: Sequence[str]) -> str:
       'auc': 'AUC',
       'loss': 'loss',
     }
-  elif are_uneven(metrics.get('majority', 0), len(class_names)):
+  elif are_uneven(metrics):
     words = {'top1': 'top-1', 'majority': 'majority class', 'balanced_accuracy': 'balanced'} | words
   return '  '.join(
     f'{word} {"-" if metrics[name] is None else format(metrics[name], ".4f")}'

@@ -265,10 +265,25 @@ def test_runs_of_one_config_are_put_together(make_run):
   assert 'a-again test top-1 50.00%' in words and 'The configs do not differ.' in words
 
 
+def test_runs_that_may_differ_are_not_put_together(make_run):
+  a = make_run('a-seed0')
+  other = make_run('b-seed1', seed=1, names=('cat', 'dog', 'fox'))
+  older = make_run('c-seed2', seed=2)
+  record = json.loads((older / 'experiment.json').read_text())
+  del record['config']['balance_classes']
+  (older / 'experiment.json').write_text(json.dumps(record))
+  seldom = make_run('d-seed3', seed=3, eval={'every_epochs': 2})
+  groups = records.read_groups([a, other, older, seldom])
+  assert [len(group.runs) for group in groups] == [1, 1, 1, 1]
+  # A name that another group has is not taken.
+  names = [make_run('e-seed0', epochs=3), make_run('e-seed1', seed=1, epochs=3), make_run('e')]
+  assert [group.name for group in records.read_groups(names)] == ['e-seed0', 'e']
+
+
 def test_uneven_classes_have_numbers_of_their_own(make_run):
-  even = add(make_run('even'), balanced_accuracy=0.71, majority=0.34)
+  even = add(make_run('even'), balanced_accuracy=0.71, majority=0.34, per_class=[0.7] * 3)
   assert 'balanced' not in Page(write_report([even])).words
-  uneven = add(make_run('uneven'), balanced_accuracy=0.71, majority=0.62)
+  uneven = add(make_run('uneven'), balanced_accuracy=0.71, majority=0.62, per_class=[0.7] * 3)
   words = ' '.join(Page(write_report([uneven])).words.split())
   assert 'most frequent class alone balanced accuracy' in words and '62.00% 71.00%' in words
 

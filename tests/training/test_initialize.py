@@ -130,7 +130,7 @@ def test_weights_that_do_not_fit(attributes, message, config, weights, tmp_path)
 
 def test_a_run_that_does_not_fit_says_by_which_flags_it_would(trained, npz, tmp_path):
   config = get_config()
-  config.source, config.image_size, config.batch_size = f'npz:{npz}', 8, 16
+  config.source, config.image_size, config.batch_size = f'npz:{npz}', 32, 16
   config.init_from, config.model.name = str(trained[1]), 'cvt-nano'
   with pytest.raises(UserError, match='does not fit the model; .*; it was trained with ') as error:
     loop.run(config, tmp_path / 'run')
@@ -185,7 +185,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_weights(
   config.init_from = str(weights())
   training, _ = first_state(config, tmp_path / 'run')
   with experiment.only_one(tmp_path / 'run'):
-    experiment.write(tmp_path / 'run', training.experiment, training.dataset, training.description)
+    training.write_experiment()
   _, state = first_state(config, tmp_path / 'run')
   assert_same_bytes({'params': state.params}, {'params': drawn_variables(training.model)['params']})
 

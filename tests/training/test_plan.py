@@ -105,7 +105,8 @@ def test_what_training_would_refuse(eight):
   eight.class_weights = (1.0, 2.0, 3.0)
   with pytest.raises(UserError, match='class_weights=.*: one for each of the 2 classes'):
     plan.plan(eight, 'cpu:1')
-  eight.class_weights, eight.model.kv_strides = (), (4,)
+  eight.class_weights, eight.image_size, eight.augment.crop_padding = (), 2, 0
+  eight.model.cls_token, eight.model.pool = (False,), 'mean'
   with pytest.raises(UserError, match='leaves stage 0 of the model a single key'):
     plan.plan(eight, 'cpu:1')
 

@@ -342,18 +342,16 @@ def test_a_run_that_tells_nothing_apart_says_so(config, tmp_path, capsys):
 @pytest.mark.parametrize(
   ('batch_size', 'devices', 'groups', 'words'),
   [
-    (96, 1, 4, 'try --config.batch_size=48, or a larger optimizer.accumulate_steps'),
-    (24, 8, 4, 'try --config.batch_size=8, or a larger'),  # 12 is not for 8 devices
+    (96, 1, 4, 'try --config.batch_size=48, or smaller images, or a larger optimizer.accumulate'),
+    # 12 is not for 8 devices.
+    (24, 8, 4, 'try --config.batch_size=8, or smaller images, or a larger'),
     (24, 1, 12, 'a smaller one has to be a multiple of 24: change mesh.data, model.bn_group_size'),
   ],
 )
 def test_too_little_memory_is_told_with_a_batch_to_try(
   batch_size, devices, groups, words, config, tmp_path, monkeypatch
 ):
-  def step(state, batch):
-    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
-
-  monkeypatch.setattr(program, 'make_train_step', lambda *_, **__: step)
+  monkeypatch.setattr(program, 'make_train_step', lambda *_, **__: out_of_memory)
   config.batch_size, config.mesh.data, config.model.bn_group_size = batch_size, devices, groups
   config.optimizer.accumulate_steps = 2
   with pytest.raises(UserError, match=f'batch_size={batch_size} is too large .*: {words}') as error:
@@ -361,18 +359,29 @@ def test_too_little_memory_is_told_with_a_batch_to_try(
   assert '\n' not in str(error.value)
 
 
-def test_a_run_that_came_to_nothing_keeps_no_other_from_its_folder(
-  config, tmp_path, monkeypatch, capsys
-):
-  def step(state, batch):
-    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
+def out_of_memory(state, batch):
+  raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
 
+
+@pytest.fixture
+def to_nothing(monkeypatch):
+  """to_nothing(config, folder) is a run that ends before its first checkpoint."""
+
+  def run(config, folder):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='is too large'):
+      patch.setattr(program, 'make_train_step', lambda *_, **__: out_of_memory)
+      loop.run(config, folder)
+
+  return run
+
+
+def test_a_run_that_came_to_nothing_keeps_no_other_from_its_folder(
+  config, tmp_path, capsys, to_nothing
+):
   expected = loop.run(config, tmp_path / 'new')
   larger = config.copy_and_resolve_references()
-  larger.batch_size, larger.eval.test_holdout = 32, 0.0
-  with monkeypatch.context() as patch, pytest.raises(UserError, match='batch_size=32 is too large'):
-    patch.setattr(program, 'make_train_step', lambda *_, **__: step)
-    loop.run(larger, tmp_path / 'run')
+  larger.batch_size = 32
+  to_nothing(larger, tmp_path / 'run')
   assert f'{tmp_path}/run holds' not in capsys.readouterr().out
   assert loop.run(config, tmp_path / 'run') == expected
   assert f'{tmp_path}/run holds a run that came to no checkpoint' in capsys.readouterr().out
@@ -383,6 +392,27 @@ def test_a_run_that_came_to_nothing_keeps_no_other_from_its_folder(
   shutil.rmtree(tmp_path / 'run' / 'checkpoints')
   with pytest.raises(UserError, match='holds a run of another config'):
     loop.run(larger, tmp_path / 'run')
+
+
+def test_a_run_that_another_process_has_begun_meanwhile_is_kept(
+  config, tmp_path, monkeypatch, to_nothing
+):
+  to_nothing(config, tmp_path / 'run')
+  before, found = (tmp_path / 'run' / 'experiment.json').read_bytes(), iter([False, True])
+  monkeypatch.setattr(experiment, 'has_begun', lambda _: next(found))
+  config.batch_size = 32
+  with pytest.raises(UserError, match='holds a run of another config .batch_size 16 -> 32'):
+    loop.run(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'experiment.json').read_bytes() == before
+
+
+def test_what_a_run_that_came_to_nothing_held_out_is_forgotten(config, flat, tmp_path, to_nothing):
+  config.source, config.eval.test_holdout = f'npz:{flat}', 0.3
+  to_nothing(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'held_out_test.json').exists()
+  config.eval.test_holdout, config.epochs, config.optimizer.warmup_epochs = 0.0, 1, 0.0
+  result = loop.run(config, tmp_path / 'run')
+  assert loop.run(config, tmp_path / 'run', mode='eval')['val/top1'] == result['val/top1']
 
 
 def test_too_little_memory_for_an_evaluation_names_its_own_key(config, tmp_path, monkeypatch):
