@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
 
 from benchmarks import common
 from benchmarks.plain import plain
 from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, adamw, train_step
 from cvt_flax import create_model, fold
 from cvt_flax.models.zoo import VARIANTS
+from cvt_flax.weights import parity
 from cvt_flax.weights.layouts import HUGGING_FACE
 
 COMPILATIONS = 3  # rounds of them
@@ -55,14 +55,12 @@ def main():
     attributes['depths'] = (1, 2, 3)
   model = create_model(arguments.model, **attributes)
   device = {'cpu': 'cpu', 'gpu': 'cuda'}[jax.default_backend()]
-  peer = huggingface(model).to(device)
-  state = {name: tensor.cpu().numpy() for name, tensor in peer.state_dict().items()}
-  shapes = {name: tensor.shape for name, tensor in state.items()}
-  variables = HUGGING_FACE.unpack(model, shapes, state.__getitem__, 'the peer')
   rng = np.random.default_rng(0)
   images = rng.normal(size=(arguments.batch, 3, arguments.size, arguments.size))
   images = images.astype(np.float32)
   labels = rng.integers(model.num_classes, size=arguments.batch)
+  variables = jax.jit(model.init)(jax.random.key(0), nhwc(images[:1]))
+  peer = parity.torch_model(model.clone(activation='gelu'), variables, HUGGING_FACE).to(device)
   with jax.default_matmul_precision('highest'):
     difference = compare_logits(model, variables, peer, images)
   print(f'logits with the exact GELU on all sides agree to {difference:.1e}', file=sys.stderr)
@@ -137,24 +135,6 @@ def parse():
   if arguments.quick:
     arguments.size, arguments.batch, arguments.rounds, arguments.steps = 32, 2, 1, 1
   return arguments
-
-
-def huggingface(model):
-  """Returns Hugging Face's model of the same geometry, with random weights."""
-  torch.manual_seed(0)
-  config = transformers.CvtConfig(
-    num_labels=model.num_classes,
-    embed_dim=model.embed_dims,
-    depth=model.depths,
-    num_heads=model.num_heads,
-    patch_sizes=model.patch_sizes,
-    patch_stride=model.patch_strides,
-    patch_padding=model.patch_paddings,
-    mlp_ratio=model.mlp_ratios,
-    cls_token=model.cls_token,
-    drop_path_rate=(0.0,) * len(model.depths),
-  )
-  return transformers.CvtForImageClassification(config)
 
 
 def compare_logits(model, variables, peer, images):
