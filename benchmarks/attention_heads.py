@@ -10,7 +10,6 @@ Prints a table and writes what was measured to benchmarks/results/. See benchmar
 import pathlib
 import statistics
 import sys
-import time
 from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -20,10 +19,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 
 from benchmarks import common
+from benchmarks.step import lower_train_step, step_taker
 from cvt_flax import create_model
 from cvt_flax.models import compact
 from cvt_flax.models.layers import Dense
@@ -66,8 +65,7 @@ def apart(params, heads):
 
 def main():
   arguments = parse()
-  if not (arguments.busy or arguments.quick):
-    common.refuse_busy('They would take turns with both contestants')
+  common.refuse_busy(arguments, 'They would take turns with both contestants')
   model = create_model('mcvit', 10)
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(arguments.batch, 32, 32, 3)), jnp.float32)
@@ -79,7 +77,9 @@ def main():
   for name, module in ((MERGED, compact.Attention), (APART, HeadsApart)):
     with mock.patch.object(compact, 'Attention', module):  # what is compiled here has it
       compiled['forward'][name], logits[name] = forward(model, params[name], images)
-      compiled['train step'][name] = train_step(model, params[name], images, labels)
+      variables, inputs = {'params': params[name]}, (images, labels)
+      step = lower_train_step(model, variables, *inputs).compile()
+      compiled['train step'][name] = step_taker(step, variables, *inputs)
   difference = np.abs(logits[APART] - logits[MERGED]).max() / np.abs(logits[MERGED]).max()
   if not difference <= 1e-6:
     sys.exit(f'the two do not compute the same logits: they differ by {difference:.1e}')
@@ -87,34 +87,29 @@ def main():
 
   start = common.usage()
   results = {
-    what: alternate(what, contestants, arguments.rounds, arguments.steps)
+    what: common.alternate(what, contestants, arguments.rounds, arguments.steps)
     for what, contestants in compiled.items()
   }
-  print(table(results))
-  if arguments.quick:
-    return
+  print(common.table(results, MERGED))
   record = {
-    'arguments': vars(arguments),
     'logits_differ_by': float(difference),
-    'hardware': {
-      'device': jax.devices()[0].device_kind,
-      'processor': common.processor(),
-      'cores': common.cores(),
-    },
+    'hardware': common.hardware(jax.devices()[0]),
     'results': {
-      what: {'seconds_a_call_by_round': seconds, 'median_ratio': statistics.median(ratios(seconds))}
+      what: {
+        'seconds_a_call_by_round': seconds,
+        'median_ratio': statistics.median(common.ratios(seconds, MERGED, APART)),
+      }
       for what, seconds in results.items()
     },
   }
-  common.write('attention-heads', PACKAGES, start, record)
+  common.write(arguments, 'attention-heads', PACKAGES, start, record)
 
 
 def parse():
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   parser.add_argument('--batch', type=int, default=256, help='images')
   parser.add_argument('--rounds', type=int, default=9, help='at least 5')
   parser.add_argument('--steps', type=int, default=5, help='timed calls of each, in each round')
-  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
@@ -132,58 +127,6 @@ def forward(model, params, images):
     return jax.block_until_ready(apply({'params': params}, images))
 
   return run, np.asarray(run())
-
-
-def train_step(model, params, images, labels):
-  """Returns a function that takes a step and waits for it."""
-  optimizer = optax.adamw(1e-3, weight_decay=0.05)
-
-  def loss_fn(params):
-    logits = model.apply({'params': params}, images, train=True)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-  def step(params, state):
-    updates, state = optimizer.update(jax.grad(loss_fn)(params), state, params)
-    return optax.apply_updates(params, updates), state
-
-  carried = jax.device_put(params), optimizer.init(params)
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carried).compile()
-
-  def run():
-    nonlocal carried
-    carried = jax.block_until_ready(compiled(*carried))
-
-  return run
-
-
-def alternate(what, contestants, rounds, steps):
-  """Runs both in turn, `rounds` times; returns {name: [seconds a call, a round]}."""
-  seconds = {name: [] for name in contestants}
-  for number in range(rounds):
-    for name, run in contestants.items():
-      run()  # not timed: the caches are its own
-      start = time.perf_counter()
-      for _ in range(steps):
-        run()
-      seconds[name].append((time.perf_counter() - start) / steps)
-    line = ', '.join(f'{name} {1e3 * times[-1]:.0f} ms' for name, times in seconds.items())
-    print(f'{what}, round {number + 1}: {line}', file=sys.stderr)
-  return seconds
-
-
-def ratios(seconds):
-  """Returns, for every round, how many times as fast the merged one was."""
-  return [a / m for m, a in zip(seconds[MERGED], seconds[APART], strict=True)]
-
-
-def table(results):
-  lines = ['| | median ms | slowest and fastest round | merged is |', '|---|---|---|---|']
-  for what, seconds in results.items():
-    for name, times in seconds.items():
-      median, low, high = (1e3 * f(times) for f in (statistics.median, min, max))
-      faster = f'{statistics.median(ratios(seconds)):.2f}x' if name == APART else ''
-      lines.append(f'| {what}, {name} | {median:.0f} | {low:.0f} to {high:.0f} | {faster} |')
-  return '\n'.join(lines)
 
 
 if __name__ == '__main__':

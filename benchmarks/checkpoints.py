@@ -34,29 +34,22 @@ PACKAGES = ('jax', 'flax', 'orbax-checkpoint')
 
 def main():
   arguments = parse()
-  if not (arguments.busy or arguments.quick):
-    common.refuse_busy('Writing is compressing, which takes all cores')
+  common.refuse_busy(arguments, 'Writing is compressing, which takes all cores')
   start = common.usage()
   state = random_state(freeze(get_config(arguments.config)), arguments.classes)
   rounds = [measure(state) for _ in range(arguments.rounds)]
   median = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
   print(table(arguments.config, arguments.classes, median))
-  if arguments.quick:
-    return
-  record = {
-    'arguments': vars(arguments),
-    'hardware': {'processor': common.processor(), 'cores': common.cores()},
-    'rounds': rounds,
-  }
-  common.write(f'checkpoints-{arguments.config}-{arguments.classes}', PACKAGES, start, record)
+  record = {'hardware': common.hardware(), 'rounds': rounds}
+  name = f'checkpoints-{arguments.config}-{arguments.classes}'
+  common.write(arguments, name, PACKAGES, start, record)
 
 
 def parse():
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   parser.add_argument('--config', default='cvt13_imagenet', help='a name in configs/')
   parser.add_argument('--classes', type=int, default=1000)
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   if arguments.quick:
     arguments.config, arguments.classes, arguments.rounds = 'digits', 10, 1

@@ -86,8 +86,7 @@ class Contestant:
 
 def main():
   arguments = parse()
-  if not (arguments.busy or arguments.quick):
-    common.refuse_busy('Both sides want all cores, and it is chance which gets them')
+  common.refuse_busy(arguments, 'Both sides want all cores, and it is chance which gets them')
   start = common.usage()
   with contextlib.ExitStack() as stack:
     folder = arguments.images
@@ -102,28 +101,24 @@ def main():
   print('{images} JPEGs, mean {bytes:.0f} bytes, {width:.0f} x {height:.0f}\n'.format(**described))
   print(rate_table(results), core_table(results['train']), sep='\n\n', end='\n\n')
   print(need_table(results['train'], arguments.chip_rate))
-  if arguments.quick:
-    return
   record = {
-    'arguments': vars(arguments),
-    'hardware': {'processor': common.processor(), 'cores': common.cores()},
+    'hardware': common.hardware(),
     'images': described,
     'batch_size': BATCH,
     'batches_by_round': timed_batches(len(paths)),
     'results': {task: figures(result) for task, result in results.items()},
   }
-  common.write('input', PACKAGES, start, record)
+  common.write(arguments, 'input', PACKAGES, start, record)
 
 
 def parse():
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   parser.add_argument('--images', help='a folder of JPEGs; without it some are made')
   parser.add_argument('--size', type=int, default=224, help='height and width in a batch')
   parser.add_argument('--rounds', type=int, default=10, help='at least 5')
   parser.add_argument(
     '--chip-rate', type=int, nargs='+', default=[500, 1000, 2000], help='images/s a chip takes'
   )
-  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')

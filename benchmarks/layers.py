@@ -77,8 +77,7 @@ class Projection(nn.Module):
 
 def main():
   arguments = parse()
-  if not (arguments.busy or arguments.quick):
-    common.refuse_busy('Everything would take longer than it does')
+  common.refuse_busy(arguments, 'Everything would take longer than it does')
   start = common.usage()
   model = create_model(arguments.model, drop_path_rates=(), dtype=jnp.dtype(arguments.dtype))
   exact = arguments.dtype == 'float32'  # float32 means float32, also where there is a faster format
@@ -94,32 +93,24 @@ def main():
       print(f'{layer.kind}: {1e3 * row["seconds"]:.1f} ms so far', file=sys.stderr)
     step = step_seconds(model, arguments)
   print(table(rows, rates, step))
-  if arguments.quick:
-    return
   name = f'layers-{arguments.model}-{arguments.size}-batch{arguments.batch}-{arguments.dtype}'
   record = {
-    'arguments': vars(arguments),
-    'hardware': {
-      'device': jax.devices()[0].device_kind,
-      'processor': common.processor(),
-      'cores': common.cores(),
-    },
+    'hardware': common.hardware(jax.devices()[0]),
     'flops_a_second': rates[0],
     'bytes_a_second': rates[1],
     'train_step_seconds': step,
     'forward_and_backward_seconds_by_layer': rows,
   }
-  common.write(name, PACKAGES, start, record)
+  common.write(arguments, name, PACKAGES, start, record)
 
 
 def parse() -> argparse.Namespace:
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   parser.add_argument('--model', default='cvt-13', choices=VARIANTS)
   parser.add_argument('--size', type=int, default=224, help='height and width of the images')
   parser.add_argument('--batch', type=int, default=8, help='images')
   parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
   parser.add_argument('--rounds', type=int, default=9, help='timed calls of each')
-  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   if arguments.quick:
     arguments.model, arguments.size = 'cvt-nano', 32

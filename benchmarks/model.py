@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.plain import plain
-from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, adamw, train_step
+from benchmarks.step import LEARNING_RATE, WEIGHT_DECAY, lower_train_step, step_taker
 from cvt_flax import create_model, fold
 from cvt_flax.models.zoo import VARIANTS
 from cvt_flax.weights import parity
@@ -41,11 +41,11 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'torch', 'transformers')
 def main():
   arguments = parse()
   jax.config.update('jax_enable_compilation_cache', False)  # compiling is measured
-  if not (arguments.busy or arguments.quick):
-    common.refuse_busy(
-      "PyTorch's threads wait for each other by spinning, which then costs it many times the work: "
-      'ratios would be wrong'
-    )
+  common.refuse_busy(
+    arguments,
+    "PyTorch's threads wait for each other by spinning, which then costs it many times the work: "
+    'ratios would be wrong',
+  )
   torch.set_num_threads(common.cores())
   # float32 means float32 on both sides, also where the hardware has a faster format.
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -75,9 +75,8 @@ def main():
   with jax.default_matmul_precision('highest') if exact else contextlib.nullcontext():
     start = common.usage()
     results, memory = compete(model, variables, theirs, images, labels, arguments)
-  print(table(results), memory_table(memory), sep='\n\n')
-  if not arguments.quick:
-    write(arguments, results, memory, difference, start)
+  print(common.table(results, 'cvt_flax'), memory_table(memory), sep='\n\n')
+  write(arguments, results, memory, difference, start)
 
 
 def compete(model, variables, theirs, images, labels, arguments):
@@ -95,26 +94,29 @@ def compete(model, variables, theirs, images, labels, arguments):
   }
   results['forward'] = alternate('forward', results['forward'], rounds, steps)
 
-  lowered = {name: lower_train_step(*network, inputs) for name, network in networks.items()}
-  compiled = {name: each().compile() for name, each in lowered.items()}
+  lower = {
+    name: functools.partial(lower_train_step, *network, *inputs)
+    for name, network in networks.items()
+  }
+  compiled = {name: each().compile() for name, each in lower.items()}
   memory = {name: each.memory_analysis().temp_size_in_bytes for name, each in compiled.items()}
   contestants = {
-    name: train_step_of(compiled[name], network[1], inputs) for name, network in networks.items()
+    name: step_taker(compiled[name], network[1], *inputs) for name, network in networks.items()
   } | {name: each.train_step(images, labels) for name, each in theirs.items()}
   results['train step'] = alternate('train step', contestants, rounds, steps)
   memory |= {name: each.peak for name, each in theirs.items() if each.peak}
   contestants.clear()
 
   what = 'trace and compile the train step'
-  contestants = {name: functools.partial(compile_again, each) for name, each in lowered.items()}
-  results[what] = alternate(
+  contestants = {name: functools.partial(compile_again, each) for name, each in lower.items()}
+  results[what] = common.alternate(
     what, contestants, 1 if arguments.quick else COMPILATIONS, 1, warm=False
   )
   return results, memory
 
 
 def parse():
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   # transformers takes the drop path rate of a block by its stage's number: a stage with fewer
   # blocks than that is an error there.
   names = [
@@ -128,7 +130,6 @@ def parse():
   parser.add_argument('--steps', type=int, default=3, help='timed calls of each, in each round')
   parser.add_argument('--activation', default='quick_gelu', choices=['quick_gelu', 'gelu'])
   parser.add_argument('--compile', action='store_true', help='also against torch.compile')
-  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   if arguments.rounds < 5:
     parser.error(f'--rounds={arguments.rounds}: at least 5 are needed')
@@ -160,27 +161,9 @@ def forward(model, variables, inputs):
   return lambda: jax.block_until_ready(apply(variables, inputs[0]))
 
 
-def lower_train_step(model, variables, inputs):
-  """Returns a function that traces the training step, as `jax.stages.Lowered`."""
-  state = variables, jax.eval_shape(adamw().init, variables['params'])
-  return lambda: jax.jit(train_step(model), donate_argnums=0).lower(state, *inputs)
-
-
 def compile_again(lower):
   jax.clear_caches()  # of what was traced before
   lower().compile()
-
-
-def train_step_of(compiled, variables, inputs):
-  """Returns a function that takes a step and waits for it."""
-  variables = jax.tree.map(jnp.array, variables)  # a copy: the step overwrites its state
-  state = variables, adamw().init(variables['params'])
-
-  def run():
-    nonlocal state
-    state, _ = jax.block_until_ready(compiled(state, *inputs))
-
-  return run
 
 
 class Torch:
@@ -240,42 +223,13 @@ class Torch:
       torch.cuda.synchronize()
 
 
-def alternate(what, contestants, rounds, steps, warm=True):
-  """Runs every contestant in turn, `rounds` times; returns {name: [seconds a call, a round]}.
-
-  With `warm` there are calls before those that are timed, one at first and one in every round.
-  """
-  for name, run in contestants.items() if warm else ():
+def alternate(what, contestants, rounds, steps):
+  """`common.alternate`, after a first call of each."""
+  for name, run in contestants.items():
     start = time.perf_counter()
     run()
     print(f'{what}, {name}: first call {time.perf_counter() - start:.1f} s', file=sys.stderr)
-  seconds = {name: [] for name in contestants}
-  for number in range(rounds):
-    for name, run in contestants.items():
-      if warm:
-        run()  # not timed: the other one's threads come to rest, the caches are ours
-      start = time.perf_counter()
-      for _ in range(steps):
-        run()
-      seconds[name].append((time.perf_counter() - start) / steps)
-    line = ', '.join(f'{name} {1e3 * times[-1]:.0f} ms' for name, times in seconds.items())
-    print(f'{what}, round {number + 1}: {line}', file=sys.stderr)
-  return seconds
-
-
-def ratios(seconds, name):
-  """Returns, for every round, how many times as fast as `name` cvt_flax was."""
-  return [theirs / ours for ours, theirs in zip(seconds['cvt_flax'], seconds[name], strict=True)]
-
-
-def table(results):
-  lines = ['| | median ms | slowest and fastest round | cvt_flax is |', '|---|---|---|---|']
-  for what, seconds in results.items():
-    for name, times in seconds.items():
-      median, low, high = (1e3 * f(times) for f in (statistics.median, min, max))
-      faster = f'{statistics.median(ratios(seconds, name)):.2f}x' if name != 'cvt_flax' else ''
-      lines.append(f'| {what}, {name} | {median:.0f} | {low:.0f} to {high:.0f} | {faster} |')
-  return '\n'.join(lines)
+  return common.alternate(what, contestants, rounds, steps)
 
 
 def memory_table(memory):
@@ -286,28 +240,24 @@ def memory_table(memory):
 
 def write(arguments, results, memory, difference, start):
   record = {
-    'arguments': vars(arguments),
     'logits_differ_by': difference,
-    'hardware': {
-      'device': jax.devices()[0].device_kind,
-      'processor': common.processor(),
-      'cores': common.cores(),
-      'pytorch_threads': torch.get_num_threads(),
-    },
+    'hardware': common.hardware(jax.devices()[0]) | {'pytorch_threads': torch.get_num_threads()},
     'train_step_temporary_bytes': memory,
     'results': {
       what: {
         'seconds_a_call_by_round': seconds,
         'median_seconds': {name: statistics.median(times) for name, times in seconds.items()},
         'median_ratio': {
-          name: statistics.median(ratios(seconds, name)) for name in seconds if name != 'cvt_flax'
+          name: statistics.median(common.ratios(seconds, 'cvt_flax', name))
+          for name in seconds
+          if name != 'cvt_flax'
         },
       }
       for what, seconds in results.items()
     },
   }
   name = f'{arguments.model}-{arguments.size}-batch{arguments.batch}-{arguments.dtype}'
-  common.write(name, PACKAGES, start, record)
+  common.write(arguments, name, PACKAGES, start, record)
 
 
 if __name__ == '__main__':

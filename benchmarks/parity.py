@@ -11,13 +11,9 @@ to benchmarks/results/. Without --authors, Hugging Face and vit-pytorch alone ar
 
 # ruff: noqa: E402  (the environment is set before JAX and transformers are imported)
 
-import datetime
-import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
-import platform
 import sys
 import types
 
@@ -81,8 +77,8 @@ def main():
           rows.append({'peer': peer, 'model': name, 'training step, groups': groups} | apart)
           show(rows[-1])
       del module
-  if not arguments.quick:
-    write(arguments, rows)
+  record = {'models': arguments.models, **common.hardware(), 'rows': rows}
+  common.write(arguments, 'parity', PACKAGES, None, record)  # others change no digit
 
 
 def peers(arguments, name):
@@ -184,21 +180,6 @@ def training_step(module, model, variables, layout, groups):
 def show(row):
   words = [f'{k} {v:.1e}' if isinstance(v, float) else f'{v}' for k, v in row.items()]
   print('  '.join(words), flush=True)
-
-
-def write(arguments, rows):
-  now = datetime.datetime.now().astimezone()
-  record = {
-    'date': now.isoformat(timespec='seconds'),
-    'models': arguments.models,
-    'processor': platform.machine(),
-    'versions': {'python': platform.python_version()}
-    | {package: importlib.metadata.version(package) for package in PACKAGES},
-    'rows': rows,
-  }
-  path = ROOT / 'benchmarks' / 'results' / f'{now:%Y-%m-%d-%H%M}-parity.json'
-  path.write_text(json.dumps(record, indent=2) + '\n')
-  print(f'written to {path.relative_to(ROOT)}')
 
 
 if __name__ == '__main__':

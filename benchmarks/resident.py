@@ -36,35 +36,26 @@ IMAGES, SIZE = 50_000, 32
 
 def main():
   arguments = parse()
-  if not (arguments.busy or arguments.quick):
-    common.refuse_busy('A step would take longer than it does')
+  common.refuse_busy(arguments, 'A step would take longer than it does')
   hardware.keep_freed_memory()  # as train.py does
   with tempfile.TemporaryDirectory() as folder:
     setup = make_setup(arguments, pathlib.Path(folder))
   start = common.usage()
   rates = alternate(contestants(setup), arguments, setup.config.batch_size)
   print(table(rates))
-  if arguments.quick:
-    return
   record = {
-    'arguments': vars(arguments),
     'batch_size': setup.config.batch_size,
-    'hardware': {
-      'device': jax.devices()[0].device_kind,
-      'processor': common.processor(),
-      'cores': common.cores(),
-    },
+    'hardware': common.hardware(jax.devices()[0]),
     'images_a_second_by_round': rates,
   }
-  common.write(f'resident-{arguments.config}', PACKAGES, start, record)
+  common.write(arguments, f'resident-{arguments.config}', PACKAGES, start, record)
 
 
 def parse():
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   parser.add_argument('--config', default='mcvit_cifar10', help='of a resident run, in configs/')
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--steps', type=int, default=20, help='timed steps of each, in each round')
-  parser.add_argument('--busy', action='store_true', help='run though the machine is busy')
   arguments = parser.parse_args()
   arguments.images = IMAGES
   if arguments.quick:

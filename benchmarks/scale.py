@@ -153,7 +153,7 @@ def read(path):
 def write(path, plans):
   record = {
     'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
-    'hardware': {'processor': common.processor(), 'cores': common.cores()},
+    'hardware': common.hardware(),
     'plans': [{'row': dataclasses.asdict(row), 'said': said} for row, said in plans.items()],
   }
   storage.write_whole(path, json.dumps(record, indent=2).encode() + b'\n')

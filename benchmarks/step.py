@@ -1,6 +1,7 @@
 """The training step that the benchmarks take: batch statistics, mean cross entropy, AdamW."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
@@ -32,3 +33,21 @@ def train_step(model):
     return ({**updates, 'params': params}, optimizer_state), loss
 
   return step
+
+
+def lower_train_step(model, variables, images, labels):
+  """Traces the training step, whose state is donated; returns a `jax.stages.Lowered`."""
+  state = variables, jax.eval_shape(adamw().init, variables['params'])
+  return jax.jit(train_step(model), donate_argnums=0).lower(state, images, labels)
+
+
+def step_taker(compiled, variables, images, labels):
+  """Returns a function that takes a compiled step and waits for it."""
+  variables = jax.tree.map(jnp.array, variables)  # a copy: the step overwrites its state
+  state = variables, adamw().init(variables['params'])
+
+  def run():
+    nonlocal state
+    state, _ = jax.block_until_ready(compiled(state, images, labels))
+
+  return run

@@ -54,13 +54,12 @@ def main():
     results[name] = cost(network, arguments.size, arguments.batch, place)
     print(f'{name}: compiled in {results[name]["compile_seconds"]:.0f} s', file=sys.stderr)
   print(table(results))
-  if arguments.quick:
-    return
   common.write(
+    arguments,
     f'tpu-cost-{arguments.model}-{arguments.size}-{place.name.replace(":", "-")}',
     PACKAGES if place.name.startswith('cpu') else (*PACKAGES, 'libtpu'),
     None,  # other programs change nothing but the time of compiling
-    {'arguments': vars(arguments), 'results': results},
+    {'results': results},
   )
 
 

@@ -8,12 +8,8 @@ every measurement is a process of its own. Prints a table and writes it to bench
 
 # ruff: noqa: E402  (the project is found before it is imported)
 
-import datetime
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -53,9 +49,11 @@ print(time.perf_counter() - start)
 
 
 def main():
-  parser = common.parser(__doc__)
+  parser = common.parser(__doc__, clocked=True)
   parser.add_argument('--rounds', type=int, default=3)
   arguments = parser.parse_args()
+  common.refuse_busy(arguments, 'Everything would take longer than it does')
+  start = common.usage()
   large, layouts = 'cvt-w24', ('flax', 'official', 'huggingface')
   if arguments.quick:
     arguments.rounds, large, layouts = 1, 'cvt-13', ('flax',)
@@ -77,8 +75,8 @@ def main():
   for what, runs in results.items():
     seconds, peak = statistics.median(s for s, _ in runs), max(p for _, p in runs)
     print(f'| {what} | {seconds:.1f} | {peak:.2f} |')
-  if not arguments.quick:
-    write(results)
+  record = {**common.hardware(), 'seconds_and_peak_gb_by_round': results}
+  common.write(arguments, 'weights', PACKAGES, start, record)
 
 
 def run(command):
@@ -104,20 +102,6 @@ def measure(command, prints_seconds=False):
     sys.exit(f'{command} ended with {process.returncode}')
   seconds = float(printed) if prints_seconds else time.perf_counter() - start
   return seconds, usage.ru_maxrss * 1024 / 1e9  # Linux counts in KiB
-
-
-def write(results):
-  now = datetime.datetime.now().astimezone()
-  record = {
-    'date': now.isoformat(timespec='seconds'),
-    'cores': len(os.sched_getaffinity(0)),
-    'versions': {'python': platform.python_version()}
-    | {package: importlib.metadata.version(package) for package in PACKAGES},
-    'seconds_and_peak_gb_by_round': results,
-  }
-  path = ROOT / 'benchmarks' / 'results' / f'{now:%Y-%m-%d-%H%M}-weights.json'
-  path.write_text(json.dumps(record, indent=2) + '\n')
-  print(f'written to {path.relative_to(ROOT)}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """What the benchmarks compare with computes the same, and the tools run."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import scale
+from benchmarks import common, scale
 from benchmarks.plain import plain
 from benchmarks.tpu_cost import by_layer
 from cvt_flax import create_model
@@ -122,6 +123,37 @@ def test_plans_are_kept(tmp_path, monkeypatch):
     path.write_text(text)
     with pytest.raises(SystemExit, match='scale.json is not what this program writes'):
       scale.read(path)
+
+
+@pytest.mark.parametrize(
+  'flags, busy, written',
+  [([], 0.0, True), ([], None, True), ([], 0.2, False), (['--quick'], 0.0, False)],
+)
+def test_what_is_written(flags, busy, written, tmp_path, monkeypatch, capsys):
+  (tmp_path / 'benchmarks').mkdir()
+  monkeypatch.setattr(common, 'ROOT', tmp_path)
+  monkeypatch.setattr(common, 'taken_by_others', lambda start: busy)
+  arguments = common.parser('A program.', clocked=True).parse_args(flags)
+  common.write(arguments, 'name', ('numpy',), None, {'hardware': common.hardware()})
+  files = list(tmp_path.glob('benchmarks/results/*-name.json'))
+  assert len(files) == written
+  assert ('NOT A RESULT' in capsys.readouterr().out) == (busy == 0.2)
+  for file in files:
+    record = json.loads(file.read_text())
+    assert list(record) == ['date', 'cores_taken_by_others', 'versions', 'arguments', 'hardware']
+    assert record['versions'].keys() == {'python', 'numpy'}
+    assert record['arguments'] == {'quick': False, 'busy': False}
+    assert record['hardware'].keys() == {'processor', 'cores'}
+
+
+def test_a_busy_machine_is_refused(monkeypatch):
+  monkeypatch.setattr(common.time, 'sleep', lambda seconds: None)
+  monkeypatch.setattr(common, 'taken_by_others', lambda start: 1.5)
+  parser = common.parser('A program.', clocked=True)
+  for flag in ('--busy', '--quick'):
+    common.refuse_busy(parser.parse_args([flag]), 'Why')
+  with pytest.raises(SystemExit, match=r'other programs take 1\.5 cores\. Why\. Wait, or'):
+    common.refuse_busy(parser.parse_args([]), 'Why')
 
 
 # What each table has that its program prints.
