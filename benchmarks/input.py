@@ -9,14 +9,9 @@ alone.
 
 # ruff: noqa: E402  (the path is set before what is ours is imported)
 
-import ast
 import contextlib
 import dataclasses
 import hashlib
-import importlib.resources
-import importlib.util
-import io
-import itertools
 import math
 import multiprocessing
 import os
@@ -26,15 +21,13 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from PIL import Image
 
-from benchmarks import common
+from benchmarks import common, photographs, timm_peer
 
 # A contestant is a process that imports its own side alone, inside functions: memory is its own.
 
@@ -42,23 +35,6 @@ IMAGES, BATCH = 1000, 64
 CHIPS = 8
 TASKS = ('train', 'evaluation')
 PACKAGES = ('grain', 'numpy', 'pillow', 'timm', 'torch')
-
-# The photographs in the wheels of scikit-image and scikit-learn, and the quality at which cuts of
-# them at the sizes of ImageNet have the mean of ImageNet's bytes, 110 kB.
-SKIMAGE_FILES = (
-  'astronaut.png',
-  'chelsea.png',
-  'coffee.png',
-  'hubble_deep_field.jpg',
-  'ihc.png',
-  'motorcycle_left.png',
-  'motorcycle_right.png',
-  'retina.jpg',
-  'rocket.jpg',
-)
-SKLEARN_FILES = ('china.jpg', 'flower.jpg')
-SIZES = ((500, 375), (500, 375), (500, 333), (375, 500))
-QUALITY = 98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +68,9 @@ def main():
     folder = arguments.images
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
-      make_images(pathlib.Path(folder), arguments.most)
-    paths = find_images(folder, arguments.most)
-    described = describe(paths)
+      photographs.make(pathlib.Path(folder), arguments.most)
+    paths = photographs.find(folder, BATCH, arguments.most)
+    described = photographs.describe(paths)
     results = {
       task: alternate(contestants(task, arguments.size), paths, arguments.rounds) for task in TASKS
     }
@@ -126,52 +102,6 @@ def parse():
   if arguments.quick:
     arguments.most, arguments.rounds = BATCH, 2
   return arguments
-
-
-def make_images(folder, count):
-  """Writes `count` JPEGs like ImageNet's in size and bytes: cuts of photographs, some mirrored."""
-  from sklearn import datasets
-
-  from cvt_flax.data import augment
-
-  data = importlib.resources.files('skimage') / 'data'
-  photographs = [Image.open(io.BytesIO((data / name).read_bytes())) for name in SKIMAGE_FILES]
-  photographs += [Image.fromarray(datasets.load_sample_image(name)) for name in SKLEARN_FILES]
-  rng = np.random.default_rng(0)
-  for number in range(count):
-    photograph = photographs[number % len(photographs)]
-    width, height = SIZES[rng.integers(len(SIZES))]
-    aspect = (width / height, width / height)
-    box = augment.random_box(*photograph.size, (0.6, 1.0), aspect, rng)
-    image = photograph.crop(box).resize((width, height), Image.Resampling.BICUBIC)
-    if rng.random() < 0.5:
-      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    image.save(folder / f'{number:04}.jpg', quality=QUALITY)
-
-
-def find_images(folder, most):
-  """Returns the paths of at most `most` JPEGs below a folder, spread over all there are."""
-  paths = sorted(
-    str(path.absolute())
-    for path in pathlib.Path(folder).rglob('*')
-    if path.suffix.lower() in ('.jpg', '.jpeg')
-  )
-  if len(paths) < BATCH:
-    sys.exit(f'{len(paths)} JPEGs below {folder}, which do not make a batch of {BATCH}')
-  places = np.linspace(0, len(paths) - 1, min(len(paths), most)).astype(int)
-  return [paths[place] for place in places]
-
-
-def describe(paths):
-  """Returns number and mean size of the images, all of which are read: no disk is measured."""
-  data = [pathlib.Path(path).read_bytes() for path in paths]
-  width, height = np.mean([Image.open(io.BytesIO(each)).size for each in data], axis=0)
-  return {
-    'images': len(paths),
-    'bytes': statistics.mean(map(len, data)),
-    'width': float(width),
-    'height': float(height),
-  }
 
 
 def contestants(task, size):
@@ -311,137 +241,8 @@ def our_batches(who, paths):
 
 
 def their_batches(who, paths):
-  """Yields the batches of timm in PyTorch's DataLoader, uint8 [b, h, w, 3], without end.
-
-  The sampler goes on from epoch to epoch, as timm's MultiEpochsDataLoader does; else the workers
-  would wait for each other at the end of each.
-  """
-  import torch
-
-  transform = timm_train_transform if who.task == 'train' else timm_eval_transform
-  folder = Folder(paths, transform(who.size))
-  loader = torch.utils.data.DataLoader(
-    folder,
-    batch_size=BATCH,
-    sampler=torch.utils.data.RandomSampler(folder, num_samples=10**9)
-    if who.task == 'train'
-    else itertools.cycle(range(len(folder))),
-    num_workers=who.workers,
-    collate_fn=timm_collate(),
-    drop_last=True,
-    multiprocessing_context='fork',  # its own choice, but for this process being a spawned one
-  )
-  for images, _ in loader:
-    yield images.permute(0, 2, 3, 1).numpy()
-
-
-class Folder:
-  """Images and labels for a DataLoader, read as torchvision's ImageFolder and timm's dataset do."""
-
-  def __init__(self, paths, transform):
-    self.paths, self.transform = paths, transform
-
-  def __len__(self):
-    return len(self.paths)
-
-  def __getitem__(self, index):
-    with open(self.paths[index], 'rb') as file:
-      image = Image.open(file).convert('RGB')
-    return self.transform(image), index
-
-
-def timm_train_transform(size):
-  """Returns what timm's transforms_factory.py puts together for the official training.
-
-  Where its magnitude is at the limit, for one image in 650, it posterizes to 0 bits: to black, as
-  Pillow once did, but Pillow 13 refuses. This is mended, so that the peer gets through.
-  """
-  import torch
-
-  crops, policies = timm_file('data/transforms.py'), timm_file('data/auto_augment.py')
-  refusing = policies.NAME_TO_OP['PosterizeIncreasing']
-  policies.NAME_TO_OP['PosterizeIncreasing'] = lambda image, bits, **options: (
-    refusing(image, bits, **options) if bits else Image.new(image.mode, image.size)
-  )
-  crop = crops.RandomResizedCropAndInterpolation(size, interpolation='bicubic')
-  options = {
-    'translate_const': int(size * 0.45),
-    'img_mean': (124, 116, 104),
-    'interpolation': crops.str_to_pil_interp('bicubic'),
-  }
-  policy = policies.rand_augment_transform('rand-m9-mstd0.5-inc1', options)
-  to_tensor = crops.MaybePILToTensor()
-
-  def transform(image):
-    image = crop(image)
-    if torch.rand(1) < 0.5:  # torchvision's RandomHorizontalFlip
-      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return to_tensor(policy(image))
-
-  return transform
-
-
-def timm_eval_transform(size):
-  """Returns Resize and CenterCrop, as torchvision does them in Pillow, to timm's tensor."""
-  to_tensor = timm_file('data/transforms.py').MaybePILToTensor()
-  shorter = int(size / 0.875)
-
-  def transform(image):
-    width, height = image.size
-    if width <= height:
-      width, height = shorter, int(shorter * height / width)
-    else:
-      width, height = int(shorter * width / height), shorter
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return to_tensor(image.crop((left, top, left + size, top + size)))
-
-  return transform
-
-
-def timm_collate():
-  """Returns timm's fast_collate, cut out of its file: all of that needs torchvision."""
-  import torch
-
-  tree = ast.parse(timm_path('data/loader.py').read_text())
-  tree.body = [node for node in tree.body if getattr(node, 'name', '') == 'fast_collate']
-  names = {'np': np, 'torch': torch, 'default_collate': torch.utils.data.default_collate}
-  exec(compile(tree, 'fast_collate', 'exec'), names)
-  return names['fast_collate']
-
-
-def timm_path(path):
-  (folder,) = importlib.util.find_spec('timm').submodule_search_locations
-  return pathlib.Path(folder, path)
-
-
-def timm_file(path):
-  """Loads one file of timm as a module of its own.
-
-  timm as a whole needs torchvision, which fails to import beside a PyTorch built otherwise; these
-  files need a few of its names, which are stand-ins that do on Pillow images what it does.
-  """
-  import torch
-
-  torchvision = types.ModuleType('torchvision')
-  transforms = types.ModuleType('torchvision.transforms')
-  functional = types.ModuleType('torchvision.transforms.functional')
-  torchvision.transforms, transforms.functional = transforms, functional
-  transforms.ToTensor = object  # a base class there
-  functional.get_image_size = lambda image: image.size
-
-  def resized_crop(image, top, left, height, width, size, interpolation):
-    cropped = image.crop((left, top, left + width, top + height))
-    return cropped.resize(size[::-1], interpolation)
-
-  functional.resized_crop = resized_crop
-  functional.pil_to_tensor = lambda image: torch.as_tensor(np.array(image)).permute(2, 0, 1)
-  for module in (torchvision, transforms, functional):
-    sys.modules[module.__name__] = module
-  spec = importlib.util.spec_from_file_location(path, timm_path(path))
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  """Yields the batches of timm in PyTorch's DataLoader, uint8 [b, h, w, 3], without end."""
+  return timm_peer.batches(paths, who.task == 'train', who.size, who.workers, BATCH)
 
 
 def median_rate(turns):

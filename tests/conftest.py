@@ -1,7 +1,6 @@
 """What all tests share: eight CPU devices, an environment for subprocesses, peers."""
 
 import collections
-import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -24,6 +23,8 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # tests need no network
 os.environ['MPLBACKEND'] = 'agg'
 
 import pytest
+
+from benchmarks import timm_peer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PEERS = ('torch', 'transformers', 'vit_pytorch')
@@ -89,39 +90,14 @@ def _find_peer(package: str) -> importlib.machinery.ModuleSpec:
 def timm_file():
   """`timm_file('data/auto_augment.py')` loads one file of the peer timm as a module of its own.
 
-  timm as a whole needs torchvision, these files but a few of its names, which are stand-ins on
-  Pillow images here. Missing is as for `peer`.
+  Missing is as for `peer`.
   """
-  return functools.cache(_load_timm_file)
 
+  def load(path: str) -> types.ModuleType:
+    _find_peer('timm')
+    return timm_peer.load(path)
 
-def _load_timm_file(path: str) -> types.ModuleType:
-  (folder,) = _find_peer('timm').submodule_search_locations
-  name = f'timm.{path.removesuffix(".py").replace("/", ".")}'
-  spec = importlib.util.spec_from_file_location(name, pathlib.Path(folder, path))
-  module = importlib.util.module_from_spec(spec)
-  with pytest.MonkeyPatch.context() as patch:
-    for stand_in in _torchvision_stand_ins():
-      patch.setitem(sys.modules, stand_in.__name__, stand_in)
-    spec.loader.exec_module(module)
-  return module
-
-
-def _torchvision_stand_ins() -> list[types.ModuleType]:
-  """What timm's data/transforms.py asks of torchvision, and its crops need."""
-  torchvision = types.ModuleType('torchvision')
-  transforms = types.ModuleType('torchvision.transforms')
-  functional = types.ModuleType('torchvision.transforms.functional')
-  torchvision.transforms, transforms.functional = transforms, functional
-  transforms.ToTensor = object  # a base class there
-  functional.get_image_size = lambda image: image.size
-
-  def resized_crop(image, top, left, height, width, size, interpolation):
-    cropped = image.crop((left, top, left + width, top + height))
-    return cropped.resize(size[::-1], interpolation)
-
-  functional.resized_crop = resized_crop
-  return [torchvision, transforms, functional]
+  return load
 
 
 def pytest_terminal_summary(terminalreporter):

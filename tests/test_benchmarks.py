@@ -156,6 +156,12 @@ def test_a_busy_machine_is_refused(monkeypatch):
     common.refuse_busy(parser.parse_args([]), 'Why')
 
 
+def test_loading_timm_leaves_no_torchvision_behind(timm_file):
+  assert timm_file('data/transforms.py').RandomResizedCropAndInterpolation(32)
+  assert sys.modules['torchvision'] is None  # as in conftest.py
+  assert not [name for name in sys.modules if name.startswith('torchvision.')]
+
+
 # What each table has that its program prints.
 PRINTED = {
   'attention_heads': 'a projection each',
