@@ -105,13 +105,13 @@ def summarize(answers: Answers, num_classes: int) -> dict:
   Where images have several labels: 'top1', 'top5' and 'images'.
 
   Args:
-    answers: of one image at least, as `collect` returns them.
+    answers: as `collect` returns them.
     num_classes: of the model.
 
   Raises:
-    UserError: none of the images counts.
+    UserError: there is no image, or none that counts.
   """
-  images = len(answers['top5'])
+  images = len(answers.get('top5', ()))
   if not images:
     raise UserError('no image can be scored: none can be read, or none has a label')
   result = {'top5': float(np.mean(answers['top5'])), 'images': images}

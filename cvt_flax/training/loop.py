@@ -152,7 +152,7 @@ def _train(config, folder, watch):
       if not (folder / run_folder.REPORT).exists():  # it was stopped before that
         _write_report(folder)
       # Another process than the first may not see that line yet.
-      return _told(training, _with_validation(last or {}, metrics))
+      return summary.tell_result(training, _with_validation(last or {}, metrics))
     if training.saved and processes.is_first():
       training.write_experiment()  # with the hardware of now
     summary.describe(training)
@@ -180,7 +180,7 @@ def _train(config, folder, watch):
     writer.flush()
     processes.wait_for_all('the last metrics are written')
   _write_report(folder)
-  values = _told(training, _with_validation(values, metrics))
+  values = summary.tell_result(training, _with_validation(values, metrics))
   if config.closing_note:
     print(config.closing_note)
   return values
@@ -374,14 +374,14 @@ def _evaluate_run(config, folder):
     variables = context.restore_best(checkpoints)
     elsewhere = config.source != context.saved.config.source
     values = _evaluate_all(context, variables, signals, elsewhere)
-    return _told(context, values | {'checkpoint': step})
+    return summary.tell_result(context, values | {'checkpoint': step})
 
 
 def _evaluate_weights(config, folder):
   context = Setup(config, folder, evaluation=True, weights=True)
   with Signals() as signals:
     values = _evaluate_all(context, context.variables_of_weights(), signals, elsewhere=True)
-  return _told(context, values)
+  return summary.tell_result(context, values)
 
 
 def _evaluate_all(context, variables, signals, elsewhere):
@@ -414,9 +414,3 @@ def _evaluate_splits(context, variables, splits, signals, unfinished):
   if metrics is None:
     raise signals.interruption(unfinished)
   return values | metrics
-
-
-def _told(context, values):
-  """Returns final metrics, having printed them."""
-  summary.tell_result(context, values)
-  return values

@@ -102,8 +102,8 @@ def alarm(metrics: dict, class_names: Sequence[str]) -> str:
   )
 
 
-def tell_result(context: Setup, values: dict) -> None:
-  """Prints final metrics.
+def tell_result(context: Setup, values: dict) -> dict:
+  """Prints final metrics, and returns them.
 
   Args:
     context: of the run.
@@ -127,3 +127,4 @@ def tell_result(context: Setup, values: dict) -> None:
       f'{source} has no labelled test split; a new run with eval.test_holdout=0.2 would make one '
       'of train'
     )
+  return values

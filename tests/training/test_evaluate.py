@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 
 from cvt_flax.data import resident
+from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
 from cvt_flax.training import sharding
 from cvt_flax.training.evaluate import collect, make_answer, summarize
@@ -247,6 +248,8 @@ def test_a_list_of_one_label_is_the_label():
 
 def test_an_evaluation_that_is_stopped_before_its_first_batch_has_no_answers():
   assert collect(iter(())) == {}
+  with pytest.raises(UserError, match='no image can be scored'):
+    summarize({}, CLASSES)
 
 
 def test_uneven_classes_are_told_with_what_the_most_frequent_one_would_score():
