@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from cvt_flax import command_line, storage
-from cvt_flax.errors import UserError
+from cvt_flax.errors import UserError, is_momentary
 
 if typing.TYPE_CHECKING:
   from cvt_flax.weights.pretrained import Weights
@@ -89,7 +89,7 @@ def predict_images(
         try:
           pixels.append(pictures.read(path, steps.image_size, steps.crop_ratio))
         except UserError as e:
-          if not skip_unreadable:
+          if not skip_unreadable or is_momentary(e.__cause__):  # another try may read it
             raise
           errors[path] = str(e)
       probabilities = iter(predict(np.stack(pixels)) if pixels else ())

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import pathlib
 import re
@@ -298,6 +299,16 @@ def test_unreadable_images_have_their_error(weights, tmp_path):
   np.testing.assert_allclose(second.probabilities, alone.probabilities, rtol=1e-5)
   assert first == third == predict.Prediction(first.image, (), (), (), first.error)
   assert first.error.startswith(f'{tmp_path / "b.jpg"} is not an image')
+
+
+def test_what_another_try_may_read_is_not_left_out(weights, monkeypatch):
+  def gone(path):
+    raise OSError(errno.EIO, 'a disk that does not answer')
+
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', gone)
+  loaded = pretrained.load(weights)
+  with pytest.raises(UserError, match='a disk that does not answer'):
+    next(predict_images(loaded, [CHINA], skip_unreadable=True))
 
 
 def test_a_failed_csv_leaves_nothing(weights, capsys, tmp_path):
