@@ -106,7 +106,10 @@ WRONG = {
   'file without get_config': (['--config={tmp}/lacks.py'], r'lacks\.py.*get_config'),
   'file without return': (['--config={tmp}/forgot_return.py'], r'forgot_return\.py'),
   # What the command line cannot know is found when the run begins.
-  'file of its own making': (['--config={tmp}/own.py'], r'config lacks the key .*get_config\(\)'),
+  'file of its own making': (
+    ['--config={tmp}/own.py'],
+    r"config lacks the key 'name': start from a config that is there",
+  ),
   'unknown source': ([DIGITS, '--config.source=digit'], r"'digit'.*did you mean 'digits'\?"),
   'value out of range': ([DIGITS, '--config.augment.label_smoothing=2'], r'at most 1\.0'),
   'nothing to evaluate': ([DIGITS, '--mode=eval'], r'holds no run to evaluate'),
