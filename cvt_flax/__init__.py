@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:  # what editors and type checkers read
   from cvt_flax.models.cvt import CvT
   from cvt_flax.models.fold import fold
   from cvt_flax.models.head import replace_head
+  from cvt_flax.models.positions import resize_positions
   from cvt_flax.models.zoo import create_model, list_models
   from cvt_flax.predict import predict_images
   from cvt_flax.training.loop import run as train
@@ -55,6 +56,7 @@ __all__ = [
   'predict_dataset',
   'predict_images',
   'replace_head',
+  'resize_positions',
   'save_pretrained',
   'train',
 ]
@@ -78,6 +80,7 @@ _PLACES = {
   'predict_dataset': ('cvt_flax.training.predict', 'predict_dataset'),
   'predict_images': ('cvt_flax.predict', 'predict_images'),
   'replace_head': ('cvt_flax.models.head', 'replace_head'),
+  'resize_positions': ('cvt_flax.models.positions', 'resize_positions'),
   'save_pretrained': ('cvt_flax.weights.saving', 'save_pretrained'),
   'train': ('cvt_flax.training.loop', 'run'),
 }

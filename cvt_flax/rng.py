@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
   DROPOUT = 4  # dropout and drop path
   HOLDOUT = 5  # which training images are held out for validation
   TEST_HOLDOUT = 6  # which training images are held out for the test
+  TRAIN_SHARE = 7  # which training images are left out
 
 
 def stream_key(seed: int, stream: Stream, position: int | jax.Array = 0) -> jax.Array:

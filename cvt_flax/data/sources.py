@@ -27,6 +27,7 @@ def load(
   data_dir: str = '',
   holdout: float = 0.1,
   test_holdout: float = 0.0,
+  train_share: float = 1.0,
   seed: int = 0,
   prepare: bool = True,
 ) -> Dataset:
@@ -34,7 +35,8 @@ def load(
 
   A source without a test split lends part of train for it: a stratified choice of
   round(test_holdout * N) images. One without a validation split lends part of the rest: of N
-  images round(holdout * N), at most `MAX_HELD_OUT`.
+  images round(holdout * N), at most `MAX_HELD_OUT`. Of what is left then a part may be trained on
+  alone, round(train_share * N) of N images.
 
   Args:
     source: `tfds:NAME[:VERSION]`, `folder:DIR` (DIR/train/CLASS/image, or DIR/CLASS/image, all
@@ -46,16 +48,19 @@ def load(
       ~/tensorflow_datasets.
     holdout: the part of train to hold out for validation, from 0 (train on everything) to 0.5.
     test_holdout: the part of train to hold out for the test, from 0 to 0.5.
-    seed: which images are held out.
+    train_share: the part of the rest to train on, stratified, from 0 to 1. All others of train are
+      left out.
+    seed: which images are held out, and left out.
     prepare: whether CIFAR is downloaded and prepared where it is not there yet.
 
   Raises:
-    UserError: the source is unknown, missing, unusable or not prepared, or `holdout`,
-      `test_holdout` or `seed` is out of range; the message is one line and says what to do.
+    UserError: the source is unknown, missing, unusable or not prepared, or a number is
+      out of range; the message is one line and says what to do.
   """
-  for name, share in (('holdout', holdout), ('test_holdout', test_holdout)):
-    if not 0 <= share <= 0.5:
-      raise UserError(f'{name} is {share}, but must be from 0 to 0.5')
+  shares = {'holdout': (holdout, 0.5), 'test_holdout': (test_holdout, 0.5)}
+  for name, (share, most) in (shares | {'train_share': (train_share, 1)}).items():
+    if not 0 <= share <= most:
+      raise UserError(f'{name} is {share}, but must be from 0 to {most}')
   if seed < 0:
     raise UserError(f'seed is {seed}, but must not be negative')
   kind, _, where = source.partition(':')
@@ -82,6 +87,8 @@ def load(
   if dataset.train is not None and dataset.validation is None and holdout:
     _check_repeats(dataset)
     dataset = _hold_out(dataset, holdout, seed)
+  if dataset.train is not None and train_share < 1:
+    dataset = _leave_out(dataset, train_share, seed)
   return dataset
 
 
@@ -157,6 +164,20 @@ def _hold_out(dataset: Dataset, holdout: float, seed: int) -> Dataset:
   )
 
 
+def _leave_out(dataset: Dataset, share: float, seed: int) -> Dataset:
+  """Returns the data set with a part of its training images."""
+  train = dataset.train
+  count, classes = round(share * len(train)), len(np.unique(train.labels))
+  if count < classes:
+    raise UserError(
+      f'train_share={share} of the {len(train):,} images of {train.name} is {count}, and of '
+      f'{classes} classes each needs one'
+    )
+  # Those that are left out are chosen, as of them every class has one to spare.
+  left_out = stratified_choice(train.labels, len(train) - count, seed, Stream.TRAIN_SHARE)
+  return dataclasses.replace(dataset, train=_parts(train, left_out, 'left out')[0])
+
+
 def _parts(train: Split, chosen: np.ndarray, word: str) -> tuple[Subset, Subset]:
   """Returns the rest of train and the chosen images, both with their places in the source."""
   rest = np.setdiff1d(np.arange(len(train), dtype=np.int32), chosen)
@@ -180,7 +201,7 @@ def stratified_choice(
 
   Args:
     labels: int [N].
-    count: how many to choose, at most N / 2.
+    count: how many to choose, at most N.
     seed, stream: which ones.
 
   Returns:

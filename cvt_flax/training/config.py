@@ -298,6 +298,9 @@ class TrainConfig:
     'leave out images that cannot be decoded, and say which (of several hosts, those of the first)',
     used=uses.ENCODED,
   )
+  train_share: float = key(
+    1.0, 'share of the training images that is trained on, of every class', low=0.0, high=1.0
+  )
   image_size: int = key(224, 'height and width, in pixels', low=1)
   crop_ratio: float = key(
     1.0, 'share of the shorter side that the crop keeps; 0: squash, cut nothing', low=0.0, high=1.0

@@ -33,6 +33,7 @@ _OF_EVALUATION = (
   'seed',
   'eval.holdout',
   'eval.test_holdout',
+  'train_share',
   'optimizer.ema_decay',
 )
 OF_COMPUTING = ('model.dtype', 'model.bn_group_size', 'model.remat')

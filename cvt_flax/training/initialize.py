@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -12,6 +13,7 @@ from cvt_flax import storage
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
+from cvt_flax.models.positions import resize_positions
 from cvt_flax.models.zoo import create_model, list_models
 from cvt_flax.ops.logits import num_classes
 from cvt_flax.training import experiment
@@ -53,6 +55,7 @@ def initial_variables(
     raise UserError(f'init_from: {e}') from e
   for note in weights.notes:
     print(f'{source}: {note}')
+  weights = _for_size(weights, model)
   names, classes = weights.description.class_names, weights.model.num_classes
   same = classes == model.num_classes and same_classes(names, class_names)
   if not same and not new_head:
@@ -77,12 +80,6 @@ def initial_variables(
     raise UserError(
       f'init_from={source} is of {theirs}, and this config of {ours}: --config.model.name={theirs} '
       'is needed'
-    )
-  if found != body and _other_size(weights.model, model):
-    size = weights.model.image_size
-    raise UserError(
-      f'init_from={source} has positions for images of {size}x{size}: '
-      f'--config.image_size={size} is needed'
     )
   try:
     layouts.check(f'init_from={source}', body, found)
@@ -139,10 +136,22 @@ def _trained_with(weights, source):
   return f'; it was trained with {" ".join(flags)}'
 
 
-def _other_size(theirs, ours):
-  """Whether two models differ in the size of images alone."""
-  same_class = type(theirs) is type(ours)
-  return same_class and architecture.differences(theirs, ours).keys() == {'image_size'}
+def _for_size(weights, model):
+  """Returns weights for the images of `model`, where these are all that it differs in."""
+  if not isinstance(model, CompactViT) or not isinstance(weights.model, CompactViT):
+    return weights
+  changed = architecture.differences(weights.model, model)
+  if changed.keys() - {'activation'} != {'image_size'}:
+    return weights
+  old, new = changed['image_size']
+  resized, variables = resize_positions(weights.model, weights.variables, new)
+  if model.position == 'learnable':
+    print(f'its positions, for images of {old}x{old}, are resized for {new}x{new}')
+  return dataclasses.replace(
+    weights,
+    description=dataclasses.replace(weights.description, model=resized),
+    variables=jax.tree.map(np.asarray, variables),
+  )
 
 
 def _arrows(changed):

@@ -193,6 +193,7 @@ def _extent(config):
     data_dir=config.data_dir,
     holdout=config.eval.holdout,
     test_holdout=config.eval.test_holdout,
+    train_share=config.train_share,
     seed=config.seed,
   )
   if config.engine == 'resident' and not images:

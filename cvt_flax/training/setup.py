@@ -63,17 +63,19 @@ class Setup:
     if self.saved and not evaluation and not experiment.has_begun(folder):
       self.saved, self.unbegun = None, self.saved
     # Of weights it is not known what they were trained on: validation images are not told apart.
-    holdout = 0.0 if weights else config.eval.holdout
+    holdout, train_share = (0.0, 1.0) if weights else (config.eval.holdout, config.train_share)
     test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)
       if config.source != self.saved.config.source:
-        holdout = test_holdout = 0.0  # nothing of it was trained on: all can be evaluated
+        # Nothing of it was trained on: all can be evaluated.
+        holdout, test_holdout, train_share = 0.0, 0.0, 1.0
     self.dataset = sources.load(
       config.source,
       data_dir=config.data_dir,
       holdout=holdout,
       test_holdout=test_holdout,
+      train_share=train_share,
       seed=config.seed,
     )
     if test_holdout and not self.dataset.held_out_test.size:

@@ -60,10 +60,12 @@ def test_a_path_without_its_kind(tmp_path):
     assert error_of(f'{tmp_path}/x.{kind}').endswith(f"did you mean '{kind}:{tmp_path}/x.{kind}'?")
 
 
-@pytest.mark.parametrize('name', ['holdout', 'test_holdout'])
-@pytest.mark.parametrize('share', [-0.1, 0.51, float('nan')])
-def test_holdout_out_of_range(name, share):
-  assert error_of('digits', **{name: share}) == f'{name} is {share}, but must be from 0 to 0.5'
+@pytest.mark.parametrize('share', [-0.1, 1.01, float('nan')])
+@pytest.mark.parametrize(
+  ('name', 'most'), [('holdout', 0.5), ('test_holdout', 0.5), ('train_share', 1)]
+)
+def test_shares_out_of_range(name, most, share):
+  assert error_of('digits', **{name: share}) == f'{name} is {share}, but must be from 0 to {most}'
 
 
 def test_negative_seed():
@@ -143,6 +145,39 @@ def test_a_test_split_is_left_as_it_is(tmp_path):
   )
   data = sources.load(source, test_holdout=0.3)
   assert (len(data.train), len(data.test), data.held_out_test.size) == (18, 20, 0)
+
+
+def test_a_share_of_train_is_of_every_class(tmp_path):
+  """Of what is not held out, by the seed; validation and test are those of all of train."""
+  labels = np.array([0, 1, 1, 2] * 25)
+  x = random_images(100)
+  source = npz(tmp_path / 'a.npz', x_train=x, y_train=labels)
+  holding_out = dict(holdout=0.1, test_holdout=0.2)
+  whole = sources.load(source, **holding_out, seed=3)
+  data, again, other = (
+    sources.load(source, **holding_out, train_share=0.25, seed=seed) for seed in (3, 3, 4)
+  )
+  for name in ('held_out', 'held_out_test'):
+    np.testing.assert_array_equal(getattr(data, name), getattr(whole, name))
+  assert len(whole.train) == 72 and len(data.train) == 18
+  np.testing.assert_allclose(np.bincount(data.train.labels), [4.5, 9, 4.5], atol=0.5)
+  assert {e.index for e in data.train} < {e.index for e in whole.train}
+  for example in data.train:
+    np.testing.assert_array_equal(example.image, x[example.index])
+    assert example.label == labels[example.index]
+  assert data.train.digest() == again.train.digest() != other.train.digest()
+  assert sources.extent(source, **holding_out, train_share=0.25, seed=3) == (3, 18)
+
+
+def test_a_share_keeps_an_image_of_the_rarest_class(tmp_path):
+  labels = np.array([0] * 50 + [1] * 49 + [2])
+  source = npz(tmp_path / 'a.npz', x_train=random_images(100), y_train=labels)
+  for seed in range(20):
+    train = sources.load(source, holdout=0, train_share=0.03, seed=seed).train
+    assert train.labels.tolist() == [0, 1, 2]
+  assert error_of(source, holdout=0, train_share=0.02).endswith(
+    'a train is 2, and of 3 classes each needs one'
+  )
 
 
 def test_nothing_to_hold_out_to_test(tmp_path):

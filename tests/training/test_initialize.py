@@ -159,14 +159,41 @@ def test_weights_of_another_named_network(npz, tmp_path):
   )
 
 
-def test_positions_of_another_size(npz, tmp_path):
-  model = CompactViT(num_classes=2, pool='seq', image_size=16)
-  save_pretrained(tmp_path / 'w', model, drawn_variables(model), ('0', '1'), Preprocessing(16, 1.0))
+def of_another_size(npz, folder, **attributes):
+  """Writes weights of an mcvit for 16x16 pixels; returns a config for 8x8, and their variables."""
+  model = CompactViT(**dict(num_classes=2, pool='seq', image_size=16) | attributes)
+  variables = drawn_variables(model)
+  save_pretrained(folder, model, variables, ('0', '1'), Preprocessing(16, 1.0))
   config = get_config()
   config.source, config.image_size, config.batch_size = f'npz:{npz}', 8, 16
-  config.init_from, config.model.name = str(tmp_path / 'w'), 'mcvit'
-  with pytest.raises(UserError, match='positions for images of 16x16: --config.image_size=16 is'):
+  config.init_from, config.model.name = str(folder), 'mcvit'
+  return config, variables
+
+
+def test_positions_of_another_size_are_resized(npz, tmp_path, capsys):
+  config, variables = of_another_size(npz, tmp_path / 'w')
+  _, state = first_state(config, tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert 'its positions, for images of 16x16, are resized for 8x8\n' in said
+  assert 'as this config does: image_size 16 -> 8' in said and 'WARNING' not in said
+  got, before = flatten_dict(jax.device_get(state.params)), flatten_dict(variables['params'])
+  table = before[('pos_embed',)].reshape(1, 4, 4, -1)
+  expected = np.asarray(jax.image.resize(table, (1, 2, 2, table.shape[-1]), 'bicubic'))
+  np.testing.assert_array_equal(got.pop(('pos_embed',)), expected.reshape(1, 4, -1))
+  for path, leaf in got.items():
+    np.testing.assert_array_equal(leaf, before[path])
+
+
+def test_positions_are_resized_where_all_else_fits_alone(npz, tmp_path):
+  config, _ = of_another_size(npz, tmp_path / 'w', depth=2)
+  with pytest.raises(UserError, match=r'does not fit the model; .*pos_embed \[1, 16, 48\] instead'):
     loop.run(config, tmp_path / 'run')
+
+
+def test_sines_are_evaluated_on_images_of_another_size(npz, tmp_path):
+  config, _ = of_another_size(npz, tmp_path / 'w', position='sine')
+  config.model.position = 'sine'
+  assert loop.run(config, tmp_path / 'run', mode='eval')['test/images'] == 50
 
 
 def test_of_a_single_split_nothing_is_called_test(config, weights, npz, tmp_path, capsys):

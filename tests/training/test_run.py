@@ -269,6 +269,23 @@ def test_test_images_held_out_of_train(config, flat, tmp_path):
     loop.run(config, folder)
 
 
+def test_a_run_on_a_share_of_the_training_images(config, tmp_path, capsys):
+  config.train_share, config.epochs, config.optimizer.warmup_epochs = 0.25, 1, 0.0
+  result = loop.run(config, tmp_path / 'run')
+  assert (
+    'data npz:' in (said := capsys.readouterr().out) and ': 45 train, 20 validation, 50' in said
+  )
+  config.epochs = 2
+  result = loop.run(config, tmp_path / 'run')
+  assert 'going on from step 2' in capsys.readouterr().out
+  assert loop.run(config, tmp_path / 'run', mode='eval')['test/top1'] == result['test/top1']
+  other = config.copy_and_resolve_references()
+  other.train_share = 1.0
+  for mode in ('train', 'eval'):
+    with pytest.raises(UserError, match=r'train_share 0\.25 -> 1\.0'):
+      loop.run(other, tmp_path / 'run', mode=mode)
+
+
 def test_the_test_split_gets_the_place_of_the_others(config, tmp_path, monkeypatch):
   opened, alive = [], []
   original = Resident.open
