@@ -1,6 +1,6 @@
 """Compact vision transformers of other code bases: which model tensors belong to, and are told to.
 
-`cvt_flax.weights.architecture` has the same for a CvT, and comes here for a CompactViT.
+`cvt_flax.weights.architecture` comes here for a CompactViT, to `cvt_flax.weights.cvt` for a CvT.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,10 +17,8 @@ from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.compact_options import resolve_compact
 from cvt_flax.weights.files import TensorFile
-from cvt_flax.weights.layouts import COMPACT_TRANSFORMERS, VIT_FROM_SCRATCH, Layout
+from cvt_flax.weights.layouts import COMPACT_TRANSFORMERS, VIT_FROM_SCRATCH, Layout, Shapes
 from cvt_flax.weights.preprocessing import Preprocessing
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 # The layouts that hold a CompactViT, and no CvT.
 LAYOUTS = (VIT_FROM_SCRATCH.name, COMPACT_TRANSFORMERS.name)

@@ -22,6 +22,7 @@ from cvt_flax.models.compact import CompactViT, sine_embedding
 from cvt_flax.models.compact_options import resolve_compact
 from cvt_flax.models.cvt import CvT
 
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their names
 Path = tuple[str, ...]  # such as ('params', 'stage0', 'patch_embed', 'proj', 'kernel')
 
 # PyTorch's name of a leaf, where it is not ours.
@@ -175,7 +176,7 @@ class Layout:
   def unpack(
     self,
     model: CvT | CompactViT,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     read: Callable[[str], np.ndarray],
     source: str,
   ) -> dict:
@@ -205,7 +206,7 @@ class Layout:
 
 def unpack_own(
   model: CvT | CompactViT,
-  shapes: Mapping[str, tuple[int, ...]],
+  shapes: Shapes,
   read: Callable[[str], np.ndarray],
   source: str,
 ) -> dict:

@@ -20,6 +20,7 @@ from cvt_flax.models.cvt import CvT
 from cvt_flax.weights import (
   architecture,
   compact,
+  cvt,
   description,
   files,
   hub,
@@ -143,7 +144,7 @@ def load(
   )
   notes = []
   names = ()
-  if not model and architecture.is_guess(found):
+  if not model and isinstance(found, CvT) and cvt.is_guess(found):
     notes.append(
       'no model of these sizes is known: heads of 64 channels, and keys and values with stride 2, '
       'are taken; model=... says otherwise'
