@@ -218,6 +218,11 @@ RUN = WORK / NAME
 # Images lie in the memory of the device and are augmented there, inside the one compiled step. The first
 # start downloads CIFAR-10, 170 MB. A tenth of the training images is held out for validation, by which
 # the best checkpoint is chosen. The test images choose nothing: a run looks at them when it has ended.
+#
+# This is what the network gets in the first step, and what it is to answer.
+
+# %%
+notebook.draw_training_images(cifar, count=12)
 
 # %%
 results = train(cifar, RUN, watch=notebook.LiveCurves())

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import ml_collections
 import numpy as np
 import sklearn.datasets
 from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ from cvt_flax.report.figures import LIGHT
 from cvt_flax.report.plots import curves
 from cvt_flax.report.records import Run
 from cvt_flax.training.hardware import unused_accelerator
+from cvt_flax.training.inputs import training_images
 from cvt_flax.weights import pretrained
 from cvt_flax.weights.pretrained import Weights
 
@@ -41,6 +43,7 @@ __all__ = [
   'draw_attention',
   'draw_model',
   'draw_predictions',
+  'draw_training_images',
   'sample_images',
   'show_report',
   'trace_steps',
@@ -50,6 +53,7 @@ __all__ = [
 _DPI = 110
 _TEXT = 9  # points
 _WIDEST, _GAP = 1200, 40  # pixels of figures side by side, and between two
+_LEAST_SHARE = 0.05  # of a target that is written below its image
 _SMALLEST_CELL = 0.05  # inches of a cell of a grid that can be seen
 # Compute capability; CUDA C++ Programming Guide, throughput of native arithmetic instructions.
 _BFLOAT16_FROM = 8
@@ -245,6 +249,31 @@ def draw_predictions(predictions: Sequence[Prediction]) -> Figure:
     right.set_xlim(0, end)
     right.tick_params(labelbottom=right is grid[-1, 1])
   grid[-1, 1].set_xlabel('probability', fontsize=_TEXT, color=LIGHT.text)
+  return figure
+
+
+def draw_training_images(
+  config: ml_collections.ConfigDict | str, step: int = 0, count: int = 24
+) -> Figure:
+  """Returns images as the network gets them in a step: cropped, augmented, erased and mixed.
+
+  Below each are the two largest shares of its target, from 5 % on.
+
+  Args:
+    config: as `cvt_flax.get_config` returns it, or a name that it takes.
+    step: of the run, from 0.
+    count: how many, at most.
+
+  Raises:
+    UserError: the config or the data are not usable.
+  """
+  found = training_images(config, step)
+  captions = []
+  for target in found.targets[:count]:
+    best = [i for i in np.argsort(-target, kind='stable')[:2] if target[i] >= _LEAST_SHARE]
+    captions.append('\n'.join(f'{found.class_names[i]} {target[i]:.0%}' for i in best))
+  figure = figures.gallery(LIGHT, list(found.pixels[:count]), captions, columns=6)
+  figure.set(dpi=_DPI, facecolor='white')
   return figure
 
 

@@ -11,12 +11,11 @@ import optax
 from clu import metrics
 from einops import rearrange
 
-from cvt_flax.data.mixing import mix, random_erase, smoothed_targets
 from cvt_flax.ops.logits import class_logits, num_classes
-from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.rng import Stream, stream_key
 from cvt_flax.training.config import AugmentConfig
 from cvt_flax.training.freeze import Frozen
+from cvt_flax.training.inputs import make_inputs
 
 
 @flax.struct.dataclass
@@ -101,10 +100,9 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
   """Returns train_step(state, batch) -> (state, loss).
 
-  The batch holds 'image' uint8 [b h w 3], 'label' int32 [b] and 'mask' float32 [b], 0 where an
-  image is missing. The step normalises, erases and mixes, averages the gradient over
-  `accumulate_steps` microbatches and updates parameters, running statistics, optimizer, averages
-  and metrics. It is meant to be jitted with the state donated.
+  The batch is what `make_inputs` takes. The step normalises, erases and mixes, averages the
+  gradient over `accumulate_steps` microbatches and updates parameters, running statistics,
+  optimizer, averages and metrics. It is meant to be jitted with the state donated.
 
   The loss is the mean of the images' cross entropies, in which the target of class c counts
   `class_weights[c]`, or 1 for (). What is `frozen` stays byte for byte as it is, in the averages
@@ -114,27 +112,9 @@ def make_train_step(
   groups = getattr(model, 'bn_group_size', 0)  # CompactViT has no batch norm
   classes = num_classes(model.num_classes)
   weights = jnp.array(class_weights or (1.0,) * classes)
-
-  def prepare(step, batch):
-    """Returns the images, float32 [b h w 3], and the targets, [b k] rows that sum to 1."""
-    images = normalize_pixels(batch['image'], mean, std)
-    targets = smoothed_targets(batch['label'], classes, augment.label_smoothing)
-    targets *= batch['mask'][:, None]  # no loss where there is no image
-    erase_key, mix_key = jax.random.split(stream_key(seed, Stream.MIXING, step))
-    if augment.erase_prob:
-      images = random_erase(erase_key, images, prob=augment.erase_prob)
-    if augment.mixup or augment.cutmix:
-      images, targets = mix(
-        mix_key,
-        images,
-        targets,
-        group_size=groups,
-        mixup_alpha=augment.mixup,
-        cutmix_alpha=augment.cutmix,
-        prob=augment.mix_prob,
-        switch_prob=augment.switch_prob,
-      )
-    return images, targets
+  prepare = make_inputs(
+    seed=seed, mean=mean, std=std, augment=augment, classes=classes, groups=groups
+  )
 
   def loss_fn(trained, variables, images, targets, dropout_key):
     params = frozen.joined(trained, variables['params'])

@@ -60,7 +60,7 @@ def test_every_picture_is_one(executed):
         shown += 1
       else:
         assert '<Figure' not in output.get('data', {}).get('text/plain', '')
-  assert shown == 13
+  assert shown == 14
 
 
 def test_it_leaves_what_it_promises(executed):

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cvt_flax import create_model, notebook
+from cvt_flax import create_model, get_config, notebook
 from cvt_flax.data.sources import load
 from cvt_flax.errors import UserError
 from cvt_flax.predict import Prediction
+from cvt_flax.training.inputs import training_images
 
 LINES = [
   {'step': 5, 'epoch': 0.5, 'train/loss': 2.0, 'train/top1': 0.2},
@@ -97,6 +98,23 @@ def test_predictions_are_drawn_in_their_order():
   assert {'temple', '$5', 'daisy', '75%', '50%', 'probability'} <= words(figure)
   ends = {axes.get_xlim()[1] for axes in figure.axes[1::2]}
   assert len(ends) == 1 and 0.75 < ends.pop() < 0.9  # one scale, no longer than it has to be
+
+
+def test_training_images_are_drawn_with_their_targets():
+  config = get_config('digits')
+  config.augment.mixup, config.augment.cutmix, config.augment.label_smoothing = 0.0, 1.0, 0.0
+  config.augment.mix_prob = 1.0
+  figure = notebook.draw_training_images(config, step=3, count=5)
+  captions = [axes.get_xlabel() for axes in figure.axes]
+  expected = training_images(config, 3)
+  assert len(captions) == 5 and len({tuple(row) for row in expected.targets}) > 1
+  for caption, target in zip(captions, expected.targets[:5], strict=True):
+    shares = {digit: f'{share:.0%}' for digit, share in enumerate(target) if share >= 0.05}
+    assert dict(line.rsplit(' ', 1) for line in caption.split('\n')) == {
+      f'{digit}': share for digit, share in shares.items()
+    }
+  for axes, pixels in zip(figure.axes, expected.pixels[:5], strict=True):
+    np.testing.assert_array_equal(axes.get_images()[0].get_array(), pixels)
 
 
 @pytest.mark.parametrize('draw', [notebook.draw_predictions, None])

@@ -1,0 +1,64 @@
+"""What the network gets of training images."""
+
+import jax
+import numpy as np
+import pytest
+
+from cvt_flax.errors import UserError
+from cvt_flax.training import loop, step
+from cvt_flax.training.inputs import make_inputs, training_images
+
+
+@pytest.mark.parametrize('which', ['stateful', 'streamed'])
+def test_they_are_those_of_the_run(which, request, tmp_path, monkeypatch):
+  config = request.getfixturevalue(which)
+  config.steps, config.epochs, config.optimizer.warmup_epochs = 5, 10, 0.0
+  config.augment.erase_prob = 0.5
+  trained_on = {}
+
+  def recording(**kwargs):
+    inputs = make_inputs(**kwargs)
+
+    def recorded(step, batch):
+      images, targets = inputs(step, batch)
+      jax.debug.callback(lambda i, *got: trained_on.update({int(i): got}), step, images, targets)
+      return images, targets
+
+    return recorded
+
+  monkeypatch.setattr(step, 'make_inputs', recording)
+  loop.run(config, tmp_path / 'run')
+  assert sorted(trained_on) == list(range(5))
+  for i in (0, 4):
+    found = training_images(config, i)
+    images, targets = trained_on[i]
+    pixels = (255 * (np.asarray(images) * config.std + config.mean)).round().clip(0, 255)
+    np.testing.assert_array_equal(found.pixels, pixels)
+    np.testing.assert_array_equal(found.targets, targets)
+  assert found.pixels.dtype == np.uint8 and found.targets.shape == (16, 2)
+
+
+def test_without_augmentation_they_are_as_they_lie(config, npz):
+  config.augment.crop_padding, config.augment.flip, config.batch_size = 0, False, 180
+  config.model.bn_group_size = 0
+  found = training_images(config)
+  with np.load(npz) as arrays:
+    images, labels = arrays['x_train'], arrays['y_train']
+  assert len(found.pixels) == 180 and found.class_names == ('0', '1')
+  places = {image.tobytes(): i for i, image in enumerate(images)}
+  chosen = [places[image.tobytes()] for image in found.pixels]
+  assert len(set(chosen)) == 180
+  np.testing.assert_array_equal(found.targets, np.eye(2)[labels[chosen]])
+
+
+def test_what_has_no_training_images(config, npz, tmp_path):
+  with pytest.raises(UserError, match='step=-1: at least 0'):
+    training_images(config, -1)
+  config.batch_size = 256
+  with pytest.raises(UserError, match='batch_size=256: npz:.* has only 180 images to train on'):
+    training_images(config)
+  with np.load(npz) as arrays:
+    np.savez(tmp_path / 'test.npz', **{k: v for k, v in arrays.items() if 'test' in k})
+  config.source = f'npz:{tmp_path}/test.npz'
+  with pytest.raises(UserError, match='has no training split'):
+    training_images(config)
