@@ -144,6 +144,27 @@ def draw_bars(axes: Axes, theme: Theme, names: Sequence[str], shares: Sequence[f
   axes.tick_params(axis='y', length=0)
 
 
+def calibration(
+  theme: Theme, probability: np.ndarray, accuracy: np.ndarray, share: np.ndarray
+) -> Figure:
+  """Returns accuracy over probability, with a diagonal, and the shares of images as grey bars.
+
+  Args:
+    theme: its colours.
+    probability, accuracy, share: of the images of each bin, [n].
+  """
+  figure, axes = _figure(theme, _WIDTH, _HEIGHT)
+  axes.bar(probability, share, width=0.03, color=theme.faint)
+  axes.plot([0, 1], [0, 1], color=theme.text, linewidth=0.8, linestyle=':')
+  axes.plot(probability, accuracy, color=theme.lines[0], **_STYLES['line'])
+  for axis, name in ((axes.xaxis, 'probability of the prediction'), (axes.yaxis, 'right')):
+    axis.set_major_formatter(PercentFormatter(1))
+    axis.set_label_text(name, color=theme.text, fontsize=_TEXT)
+  axes.set(xlim=(0, 1.03), ylim=(0, 1.03))
+  axes.grid(True, color=theme.faint, linewidth=0.6)
+  return figure
+
+
 def confusion(theme: Theme, names: Sequence[str], matrix: np.ndarray) -> Figure:
   """Returns a confusion matrix: of each true class (rows), the percentages by prediction.
 

@@ -184,6 +184,10 @@ def _classes(run, p: Predictions, plots):
   if len(names) <= figures.MOST_IN_MATRIX:
     heading, matrix = 'Confusion, % of the true class', statistics.confusion(p, len(names))
     drawn.append(plots('confusion', heading, figures.confusion, names, matrix))
+  found = statistics.calibration(p)
+  if found:
+    values = found.probability, found.accuracy, found.share
+    drawn.append(plots('calibration', 'What probabilities are worth', figures.calibration, *values))
   confused = [
     [names[i], names[j], number(n), number(n / int(counts[i]), '.1%')]
     for i, j, n in statistics.most_confused(p, _CONFUSED)
@@ -194,6 +198,14 @@ def _classes(run, p: Predictions, plots):
   if not run.final.get('test/top1') and p.split == 'val':
     parts.append(markup.paragraph('There is no test split; the checkpoint was chosen by these.'))
   parts.append(markup.grid(drawn))
+  if found:
+    parts.append(
+      markup.paragraph(
+        'Where probabilities are what they say, the line lies on the diagonal; bars are shares of '
+        f'the images. The expected calibration error, over 15 bins, is {found.error:.2%}.',
+        faint=True,
+      )
+    )
   if confused:
     head = ['true', 'predicted', 'images', 'of the true class']
     parts.append('<h3>Most frequent mistakes</h3>' + markup.table(head, confused))

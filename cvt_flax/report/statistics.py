@@ -43,6 +43,23 @@ class McNemar:
   n: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+  """What the probability of a prediction is worth.
+
+  Attributes:
+    probability: float [n], the mean in each bin that has images.
+    accuracy: float [n], the share of them that is right.
+    share: float [n], of all images.
+    error: the expected calibration error, the mean distance of the two over images.
+  """
+
+  probability: np.ndarray
+  accuracy: np.ndarray
+  share: np.ndarray
+  error: float
+
+
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
   """Returns the mean and the standard deviation of a sample (n - 1); None for that of one."""
   return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -83,6 +100,24 @@ def interval(hits: int, n: int) -> tuple[float, float]:
   """Returns Wilson's 95 % interval of a share, hits of n."""
   found = scipy.stats.binomtest(hits, n).proportion_ci(0.95, 'wilson')
   return float(found.low), float(found.high)
+
+
+def calibration(p: Predictions, bins: int = 15) -> Calibration | None:
+  """Returns it over bins of equal width, as in https://arxiv.org/abs/1706.04599.
+
+  None where a probability is not finite.
+  """
+  if not np.isfinite(p.probability).all():
+    return None
+  places = np.minimum((p.probability * bins).astype(int), bins - 1)
+  images = np.bincount(places)
+  there = images > 0
+  probability, accuracy = (
+    np.bincount(places, values)[there] / images[there] for values in (p.probability, p.hits)
+  )
+  share = images[there] / len(p)
+  error = float(np.sum(share * abs(accuracy - probability)))
+  return Calibration(probability, accuracy, share, error)
 
 
 def confusion(p: Predictions, classes: int) -> np.ndarray:

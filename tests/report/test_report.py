@@ -74,6 +74,11 @@ def test_the_page_has_the_numbers_of_the_run(page, trained):  # noqa: F811
   hits = round(metrics['test/top1'] * 50)
   assert f'{hits} of 50 test images are right' in page.words
   assert 'AUC' in page.words
+  with np.load(folder / 'predictions.npz') as p:
+    right, sure = p['prediction'] == p['label'], p['probability'].astype(np.float64)
+  places = np.minimum((sure * 15).astype(int), 14)
+  error = sum(abs(np.sum(right[places == i]) - np.sum(sure[places == i])) for i in range(15)) / 50
+  assert f'calibration error, over 15 bins, is {error:.2%}' in page.words
   last = (folder / 'parameters.txt').read_text().splitlines()[-1]
   assert f'all {last.partition(": ")[2].split()[0]}' in ' '.join(page.words.split())
 
@@ -87,6 +92,7 @@ def test_figures_lie_beside_the_page_for_both_themes(trained):  # noqa: F811
     'throughput',
     'classes',
     'confusion',
+    'calibration',
     'mistakes',
     'attention-0',
   ):

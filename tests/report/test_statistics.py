@@ -63,6 +63,18 @@ def test_interval_is_wilsons():
   assert statistics.interval(18, 20) == pytest.approx(expected, rel=1e-6)
 
 
+def test_calibration_is_over_bins_that_have_images():
+  """Two images at 0.3 of which one is right, two at 0.9 and 0.92, both right, one sure mistake."""
+  p = made([0, 0, 1, 1, 0], [0, 1, 1, 1, 1], [0.3, 0.3, 0.9, 0.92, 1.0])
+  found = statistics.calibration(p, bins=5)
+  np.testing.assert_allclose(found.probability, [0.3, (0.9 + 0.92 + 1.0) / 3])
+  np.testing.assert_allclose(found.accuracy, [1 / 2, 2 / 3])
+  np.testing.assert_allclose(found.share, [0.4, 0.6])
+  assert found.error == pytest.approx(0.4 * 0.2 + 0.6 * (2.82 / 3 - 2 / 3))
+  assert statistics.calibration(made([0, 1], [0, 1], [1.0, 1.0])).error == 0
+  assert statistics.calibration(made([0, 1], [0, 1], [0.5, np.nan])) is None
+
+
 def test_confusion_has_right_classes_as_rows():
   p = made([0, 0, 0, 2, 2], [0, 2, 2, 0, 2])
   matrix = statistics.confusion(p, 4)
