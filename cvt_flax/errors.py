@@ -1,9 +1,10 @@
 """Errors that a person can act on."""
 
+import contextlib
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 _MOMENTARY = (
   errno.EIO,
@@ -69,3 +70,35 @@ def is_momentary(error: BaseException | None) -> bool:
   if isinstance(error, OSError) and error.errno is not None:
     return error.errno in _MOMENTARY
   return any(words in str(error) for words in _MOMENTARY_WORDS)
+
+
+@contextlib.contextmanager
+def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Iterator[None]:
+  """Makes XLA's RESOURCE_EXHAUSTED, when the block raises it, an error that a person can act on.
+
+  Args:
+    flag: that says the batch size, as '--config.eval.batch_size'.
+    batch_size: what it is.
+    unit: what has to divide a batch: devices, groups of batch norm, microbatches.
+    also: what else helps.
+
+  Raises:
+    UserError: the memory of a device is too little.
+  """
+  import jax  # here: who computes has it already, and no one else waits for it
+
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    smaller = batch_size // 2 // unit * unit
+    words = f'try {flag}={smaller}' if smaller else f'a smaller one has to be a multiple of {unit}'
+    if batch_size == 1:
+      words = 'a smaller model is needed'
+    elif not smaller and flag.startswith('--config.'):
+      words += ': change mesh.data, model.bn_group_size or optimizer.accumulate_steps with it'
+    given = f'{flag.removeprefix("--").removeprefix("config.")}={batch_size}'
+    raise UserError(
+      f'{given} is too large for the memory of a device: {words}, or smaller images{also}'
+    ) from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import glob
 import json
 import pathlib
@@ -12,7 +13,7 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from cvt_flax import command_line, storage
-from cvt_flax.errors import UserError, is_momentary
+from cvt_flax.errors import UserError, is_momentary, told_of_memory
 
 if typing.TYPE_CHECKING:
   from cvt_flax.weights.pretrained import Weights
@@ -79,7 +80,10 @@ def predict_images(
     weights = pretrained.load(weights)
   _, steps = compiled.classifier(weights, image_size)
   names = weights.description.class_names
-  predict = compiled.compile_predict(weights, [min(batch_size, len(paths))], image_size)
+  batch_size = min(batch_size, len(paths))
+  memory = functools.partial(told_of_memory, '--batch_size', batch_size, 1)
+  with memory():
+    predict = compiled.compile_predict(weights, [batch_size], image_size)
 
   def predictions():
     for start in range(0, len(paths), batch_size):
@@ -92,7 +96,8 @@ def predict_images(
           if not skip_unreadable or is_momentary(e.__cause__):  # another try may read it
             raise
           errors[path] = str(e)
-      probabilities = iter(predict(np.stack(pixels)) if pixels else ())
+      with memory():
+        probabilities = iter(predict(np.stack(pixels)) if pixels else ())
       for path in part:
         if path in errors:
           yield Prediction(str(path), (), (), (), errors[path])

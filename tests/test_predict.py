@@ -19,7 +19,7 @@ from PIL import Image
 from cvt_flax import convert_weights, create_model, predict, predict_images, save_pretrained
 from cvt_flax.data.images import prepare
 from cvt_flax.errors import UserError
-from cvt_flax.weights import pretrained
+from cvt_flax.weights import compiled, pretrained
 from cvt_flax.weights.layouts import HUGGING_FACE
 from cvt_flax.weights.preprocessing import Preprocessing
 from tests.models.torch_weights import drawn_variables, quick_jit
@@ -309,6 +309,21 @@ def test_what_another_try_may_read_is_not_left_out(weights, monkeypatch):
   loaded = pretrained.load(weights)
   with pytest.raises(UserError, match='a disk that does not answer'):
     next(predict_images(loaded, [CHINA], skip_unreadable=True))
+
+
+@pytest.mark.parametrize('when', ['compiling', 'computing'])
+def test_too_little_memory_names_the_batch_size_to_try(when, weights, monkeypatch):
+  def out_of_memory(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore')
+
+  made = {'compiling': out_of_memory, 'computing': lambda *_: out_of_memory}[when]
+  monkeypatch.setattr(compiled, 'compile_predict', made)
+  for count, words in (
+    (9, 'batch_size=8 .*: try --batch_size=4'),
+    (1, 'batch_size=1 .*: a smaller'),
+  ):
+    with pytest.raises(UserError, match=f'{words}.*, or smaller images'):
+      list(predict_images(weights, [CHINA] * count))
 
 
 def test_a_failed_csv_leaves_nothing(weights, capsys, tmp_path):

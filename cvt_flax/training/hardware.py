@@ -1,17 +1,13 @@
 """What a run computes on, and a warning when it is less than the machine has."""
 
-import contextlib
 import ctypes
 import glob
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
-
-from cvt_flax.errors import UserError
 
 # What says that a machine has an accelerator, and the extra that jax takes for it. TPUs up to v4
 # are accel, later ones vfio.
@@ -75,34 +71,6 @@ def return_freed_memory() -> None:
   """On Linux, gives back what malloc has kept, which the system then counts as available."""
   if sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)):
     trim(0)
-
-
-@contextlib.contextmanager
-def told_of_memory(flag: str, batch_size: int, unit: int, also: str = '') -> Iterator[None]:
-  """Makes XLA's RESOURCE_EXHAUSTED, when the block raises it, an error that a person can act on.
-
-  Args:
-    flag: that says the batch size, as '--config.eval.batch_size'.
-    batch_size: what it is.
-    unit: what has to divide a batch: devices, groups of batch norm, microbatches.
-    also: what else helps.
-
-  Raises:
-    UserError: the memory of a device is too little.
-  """
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e):
-      raise
-    smaller = batch_size // 2 // unit * unit
-    words = f'try {flag}={smaller}' if smaller else f'a smaller one has to be a multiple of {unit}'
-    if not smaller and flag.startswith('--config.'):
-      words += ': change mesh.data, model.bn_group_size or optimizer.accumulate_steps with it'
-    given = f'{flag.removeprefix("--").removeprefix("config.")}={batch_size}'
-    raise UserError(
-      f'{given} is too large for the memory of a device: {words}, or smaller images{also}'
-    ) from e
 
 
 def announce(mesh: Mesh) -> None:

@@ -14,14 +14,14 @@ import jax
 import ml_collections
 
 from cvt_flax import storage
-from cvt_flax.errors import Diverged, UserError
+from cvt_flax.errors import Diverged, UserError, told_of_memory
 from cvt_flax.report.predictions import ARRAYS, Predictions
 from cvt_flax.report.records import SEED_FOLDER
 from cvt_flax.training import experiment, processes, summary
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
 from cvt_flax.training.evaluate import summarize
-from cvt_flax.training.hardware import return_freed_memory, told_of_memory
+from cvt_flax.training.hardware import return_freed_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
 from cvt_flax.training.sharding import place

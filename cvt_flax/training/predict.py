@@ -22,7 +22,7 @@ from cvt_flax.data import sources, stream
 from cvt_flax.data.dataset import SPLIT_NAMES, Split, Subset, sha256
 from cvt_flax.data.files import FileSplit
 from cvt_flax.data.folder_source import list_images
-from cvt_flax.errors import UserError
+from cvt_flax.errors import UserError, told_of_memory
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.fold import fold
@@ -138,7 +138,7 @@ def predict_dataset(
   variables = sharding.place(variables, sharding.replicated(mesh))
   with (
     Signals() as signals,
-    hardware.told_of_memory('--batch_size', batch_size, mesh.size),
+    told_of_memory('--batch_size', batch_size, mesh.size),
     contextlib.closing(sharding.prefetch(read, mesh)) as batches,
   ):
     results = _results(functools.partial(compute, variables), batches, signals)

@@ -12,7 +12,7 @@ from clu import parameter_overview
 from flax import traverse_util
 
 from cvt_flax.data import evaluation_sets, sources
-from cvt_flax.errors import UserError
+from cvt_flax.errors import UserError, told_of_memory
 from cvt_flax.models.geometry import multiply_adds
 from cvt_flax.training import experiment, hardware, initialize, sharding
 from cvt_flax.training.checkpoint import Checkpoints
@@ -165,7 +165,7 @@ class Setup:
         yield answer(variables, classes, *fed)
 
     flag = '--config.eval.batch_size'
-    memory = hardware.told_of_memory(flag, self.eval_batch_size, self.mesh.size)
+    memory = told_of_memory(flag, self.eval_batch_size, self.mesh.size)
     with contextlib.closing(feed), memory:
       answers = collect(batches())
     return None if signals.received() else answers

@@ -12,12 +12,11 @@ import pytest
 from PIL import Image
 
 from cvt_flax import predict_images
-from cvt_flax.errors import Diverged, UserError
+from cvt_flax.errors import Diverged, UserError, told_of_memory
 from cvt_flax.models.geometry import multiply_adds
 from cvt_flax.training import experiment, hardware, loop, program, setup
 from cvt_flax.training.config import get_config
 from cvt_flax.training.engines import Resident
-from cvt_flax.training.hardware import told_of_memory
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.weights import pretrained
 
