@@ -78,7 +78,7 @@ def predict_images(
   paths = _check(images, top, image_size, batch_size)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  _, steps = compiled.classifier(weights, image_size)
+  _, _, steps = compiled.classifier(weights, image_size)
   names = weights.description.class_names
   batch_size = min(batch_size, len(paths))
   memory = functools.partial(told_of_memory, '--batch_size', batch_size, 1)

@@ -16,7 +16,14 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from cvt_flax import convert_weights, create_model, predict, predict_images, save_pretrained
+from cvt_flax import (
+  convert_weights,
+  create_model,
+  predict,
+  predict_images,
+  resize_positions,
+  save_pretrained,
+)
 from cvt_flax.data.images import prepare
 from cvt_flax.errors import UserError
 from cvt_flax.weights import compiled, pretrained
@@ -103,6 +110,15 @@ def test_a_compact_transformer(tmp_path):
   save_pretrained(tmp_path / 'w', model, drawn_variables(model), NAMES, Preprocessing(32))
   (prediction,) = predict_images(tmp_path / 'w', [CHINA])
   assert sum(prediction.probabilities) == pytest.approx(1)
+  (larger,) = predict_images(tmp_path / 'w', [CHINA], top=5, image_size=64)
+  other, variables = resize_positions(model, drawn_variables(model), 64)
+  pixels = prepare(CHINA.read_bytes(), '', 64, Preprocessing().crop_ratio) / 255
+  steps = Preprocessing()
+  x = ((pixels - steps.mean) / steps.std).astype(np.float32)[None]
+  shares = jax.nn.softmax(quick_jit(other.apply)(variables, x))[0]
+  np.testing.assert_allclose(larger.probabilities, sorted(shares, reverse=True), rtol=1e-4)
+  with pytest.raises(UserError, match='66'):
+    predict_images(tmp_path / 'w', [CHINA], image_size=66)
   with pytest.raises(UserError, match='vit-from-scratch is in no package'):
     convert_weights(tmp_path / 'w', tmp_path / 'w.pth', to='vit-from-scratch', check=True)
 

@@ -100,7 +100,7 @@ def predict_dataset(
   images, label_names = _open(source, split, data_dir)
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = compiled.classifier(weights, image_size, dtype)
+  model, variables, steps = compiled.classifier(weights, image_size, dtype)
   top = min(top, num_classes(model.num_classes))
   folder = storage.path_of(folder)
   job = {
@@ -133,7 +133,7 @@ def predict_dataset(
   left = Subset(images.name, images, rows)
   reading = stream.Reading(jax.process_index(), jax.process_count(), workers, skip_unreadable=True)
   read = stream.eval_batches(left, steps.image_size, steps.crop_ratio, batch_size, reading)
-  model, variables = fold(model, weights.variables)
+  model, variables = fold(model, variables)
   compute = _jitted(model, steps, top, features, mesh)
   variables = sharding.place(variables, sharding.replicated(mesh))
   with (

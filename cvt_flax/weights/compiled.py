@@ -15,6 +15,7 @@ from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
 from cvt_flax.models.fold import fold
 from cvt_flax.models.geometry import stage_geometry
+from cvt_flax.models.positions import resize_positions
 from cvt_flax.ops.logits import class_logits, num_classes
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.weights import pretrained
@@ -55,8 +56,8 @@ def compile_predict(
     raise UserError(f'batch_sizes={tuple(batch_sizes)}: numbers of images from 1 on are needed')
   if not isinstance(weights, pretrained.Weights):
     weights = pretrained.load(weights)
-  model, steps = classifier(weights, image_size, dtype)
-  model, variables = fold(model, weights.variables)
+  model, variables, steps = classifier(weights, image_size, dtype)
+  model, variables = fold(model, variables)
   variables = jax.device_put(variables)
   image = (steps.image_size, steps.image_size, 3)
 
@@ -105,8 +106,10 @@ def batch_size(sizes: Sequence[int], count: int) -> int:
 
 def classifier(
   weights: pretrained.Weights, image_size: int = 0, dtype: str = ''
-) -> tuple[CvT | CompactViT, Preprocessing]:
-  """Returns the model that classifies colour images, and what they go through before it.
+) -> tuple[CvT | CompactViT, dict, Preprocessing]:
+  """Returns the model that classifies colour images, its variables, and what images go through.
+
+  Of a CompactViT positions are resized for the images (`cvt_flax.resize_positions`).
 
   Args:
     weights: as `load` returns them.
@@ -116,7 +119,8 @@ def classifier(
   Raises:
     UserError: the model has no classifier, or is not for such images.
   """
-  model, steps = weights.model, weights.description.preprocessing
+  model, variables = weights.model, weights.variables
+  steps = weights.description.preprocessing
   if not model.num_classes:
     raise UserError(f'{weights.source} has no classifier')
   if model.in_channels != 3:
@@ -125,13 +129,15 @@ def classifier(
     steps = dataclasses.replace(steps, image_size=image_size)
   size = steps.image_size
   try:
+    if image_size and isinstance(model, CompactViT):
+      model, variables = resize_positions(model, variables, size)
     stages = stage_geometry(model, size, size)
   except ValueError as e:
     raise UserError(str(e)) from e
   if min(min(stage.height, stage.width) for stage in stages) < 1:
     raise UserError(f'images of {size}x{size} are too small for this model')
   check_dtype(dtype)
-  return model.clone(dtype=jax.numpy.dtype(dtype)) if dtype else model, steps
+  return model.clone(dtype=jax.numpy.dtype(dtype)) if dtype else model, variables, steps
 
 
 def check_dtype(dtype: str) -> None:
