@@ -218,7 +218,7 @@ RUN = WORK / NAME
 
 # %% [markdown]
 # Images lie in the memory of the device and are augmented there, inside the one compiled step. The first
-# start downloads CIFAR-10, 170 MB. A tenth of the training images is held out for validation, by which
+# time CIFAR-10 is downloaded, 170 MB. A tenth of the training images is held out for validation, by which
 # the best checkpoint is chosen. The test images choose nothing: a run looks at them when it has ended.
 #
 # This is what the network gets in the first step, and what it is to answer.

@@ -32,7 +32,7 @@ from cvt_flax.report.figures import LIGHT
 from cvt_flax.report.plots import curves
 from cvt_flax.report.records import Run
 from cvt_flax.training.hardware import unused_accelerator
-from cvt_flax.training.inputs import training_images
+from cvt_flax.training.look import training_images
 from cvt_flax.weights import pretrained
 from cvt_flax.weights.pretrained import Weights
 
@@ -265,8 +265,10 @@ def draw_training_images(
     count: how many, at most.
 
   Raises:
-    UserError: the config or the data are not usable.
+    UserError: the config or the data are not usable, or the run has no such step.
   """
+  if count < 1:
+    raise UserError(f'count={count}: at least 1 is needed')
   found = training_images(config, step)
   captions = []
   for target in found.targets[:count]:

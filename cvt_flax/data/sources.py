@@ -167,11 +167,16 @@ def _hold_out(dataset: Dataset, holdout: float, seed: int) -> Dataset:
 def _leave_out(dataset: Dataset, share: float, seed: int) -> Dataset:
   """Returns the data set with a part of its training images."""
   train = dataset.train
-  count, classes = round(share * len(train)), len(np.unique(train.labels))
-  if count < classes:
+  if dataset.repeats:
     raise UserError(
-      f'train_share={share} of the {len(train):,} images of {train.name} is {count}, and of '
-      f'{classes} classes each needs one'
+      f'{train.name} has {dataset.repeats} images again, and of which images train_share={share} '
+      'would be is not clear: list each once'
+    )
+  count, classes = round(share * len(train)), len(np.unique(train.labels))
+  if not classes <= count < len(train):
+    words = f'and of {classes} classes each needs one' if count < classes else 'which is all'
+    raise UserError(
+      f'train_share={share} of the {len(train):,} images of {train.name} is {count:,}, {words}'
     )
   # Those that are left out are chosen, as of them every class has one to spare.
   left_out = stratified_choice(train.labels, len(train) - count, seed, Stream.TRAIN_SHARE)

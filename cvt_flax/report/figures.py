@@ -145,19 +145,29 @@ def draw_bars(axes: Axes, theme: Theme, names: Sequence[str], shares: Sequence[f
 
 
 def calibration(
-  theme: Theme, probability: np.ndarray, accuracy: np.ndarray, share: np.ndarray
+  theme: Theme,
+  probability: np.ndarray,
+  accuracy: np.ndarray,
+  low: np.ndarray,
+  high: np.ndarray,
+  share: np.ndarray,
 ) -> Figure:
-  """Returns accuracy over probability, with a diagonal, and the shares of images as grey bars.
+  """Returns accuracy over probability, with a diagonal, and the shares of images as faint bars.
 
   Args:
     theme: its colours.
     probability, accuracy, share: of the images of each bin, [n].
+    low, high: the interval of the accuracy, [n].
   """
   figure, axes = _figure(theme, _WIDTH, _HEIGHT)
   axes.bar(probability, share, width=0.03, color=theme.faint)
   axes.plot([0, 1], [0, 1], color=theme.text, linewidth=0.8, linestyle=':')
+  axes.vlines(probability, low, high, color=theme.lines[0], linewidth=1.0, alpha=0.6)
   axes.plot(probability, accuracy, color=theme.lines[0], **_STYLES['line'])
-  for axis, name in ((axes.xaxis, 'probability of the prediction'), (axes.yaxis, 'right')):
+  for axis, name in (
+    (axes.xaxis, 'probability of the prediction'),
+    (axes.yaxis, 'share that is right'),
+  ):
     axis.set_major_formatter(PercentFormatter(1))
     axis.set_label_text(name, color=theme.text, fontsize=_TEXT)
   axes.set(xlim=(0, 1.03), ylim=(0, 1.03))

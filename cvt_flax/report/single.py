@@ -186,7 +186,7 @@ def _classes(run, p: Predictions, plots):
     drawn.append(plots('confusion', heading, figures.confusion, names, matrix))
   found = statistics.calibration(p)
   if found:
-    values = found.probability, found.accuracy, found.share
+    values = found.probability, found.accuracy, found.low, found.high, found.share
     drawn.append(plots('calibration', 'What probabilities are worth', figures.calibration, *values))
   confused = [
     [names[i], names[j], number(n), number(n / int(counts[i]), '.1%')]
@@ -201,8 +201,10 @@ def _classes(run, p: Predictions, plots):
   if found:
     parts.append(
       markup.paragraph(
-        'Where probabilities are what they say, the line lies on the diagonal; bars are shares of '
-        f'the images. The expected calibration error, over 15 bins, is {found.error:.2%}.',
+        'What probabilities are worth: the line lies on the diagonal where they are right, with '
+        '95 % intervals; the faint bars are shares of the images. The expected calibration error, '
+        f'over 15 bins, is {found.error:.2%}; with probabilities that are right it would be up to '
+        f'{found.by_chance:.2%} on {len(p):,} images, by chance (95 %).',
         faint=True,
       )
     )

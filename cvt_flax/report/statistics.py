@@ -11,6 +11,9 @@ import sklearn.metrics
 
 from cvt_flax.report.predictions import Predictions
 
+# Of hits, to see what calibration error chance alone makes.
+_DRAWS = 200
+
 
 @dataclasses.dataclass(frozen=True)
 class PairedT:
@@ -50,14 +53,19 @@ class Calibration:
   Attributes:
     probability: float [n], the mean in each bin that has images.
     accuracy: float [n], the share of them that is right.
+    low, high: float [n], its 95 % interval, as `interval`.
     share: float [n], of all images.
     error: the expected calibration error, the mean distance of the two over images.
+    by_chance: what that is below in 95 % of draws on as many images, if probabilities are right.
   """
 
   probability: np.ndarray
   accuracy: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
   share: np.ndarray
   error: float
+  by_chance: float
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -110,14 +118,19 @@ def calibration(p: Predictions, bins: int = 15) -> Calibration | None:
   if not np.isfinite(p.probability).all():
     return None
   places = np.minimum((p.probability * bins).astype(int), bins - 1)
+  _, places = np.unique(places, return_inverse=True)  # of bins with images alone
   images = np.bincount(places)
-  there = images > 0
-  probability, accuracy = (
-    np.bincount(places, values)[there] / images[there] for values in (p.probability, p.hits)
+  probability, hits = np.bincount(places, p.probability) / images, np.bincount(places, p.hits)
+  low, high = np.transpose([interval(*pair) for pair in zip(hits.astype(int), images, strict=True)])
+
+  def error(hits):
+    return float(np.sum(abs(hits - images * probability)) / len(p))
+
+  rng = np.random.default_rng(0)
+  drawn = [error(np.bincount(places, rng.random(len(p)) < p.probability)) for _ in range(_DRAWS)]
+  return Calibration(
+    probability, hits / images, low, high, images / len(p), error(hits), np.quantile(drawn, 0.95)
   )
-  share = images[there] / len(p)
-  error = float(np.sum(share * abs(accuracy - probability)))
-  return Calibration(probability, accuracy, share, error)
 
 
 def confusion(p: Predictions, classes: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -23,6 +22,8 @@ from cvt_flax.weights.description import same_classes
 from cvt_flax.weights.preprocessing import Preprocessing
 
 _HEAD = 'head'
+# By which attributes of a CompactViT an image becomes tokens.
+_OF_TOKENS = ('patch_size', 'conv_layers', 'position')
 
 
 def initial_variables(
@@ -50,12 +51,12 @@ def initial_variables(
       anew, they are of other classes, or of a network that computes something else.
   """
   try:
-    weights = pretrained.load(source)
+    read = pretrained.load(source)
   except UserError as e:
     raise UserError(f'init_from: {e}') from e
-  for note in weights.notes:
+  for note in read.notes:
     print(f'{source}: {note}')
-  weights = _for_size(weights, model)
+  weights = _for_size(read, model)
   names, classes = weights.description.class_names, weights.model.num_classes
   same = classes == model.num_classes and same_classes(names, class_names)
   if not same and not new_head:
@@ -93,6 +94,9 @@ def initial_variables(
   print(
     f'from {source} ({weights.kind}): {len(leaves)} of {len(shapes)} tensors{"" if same else anew}'
   )
+  if weights.model != read.model:
+    old, new = read.model.image_size, weights.model.image_size
+    print(f'its positions, for images of {old}x{old}, are resized for {new}x{new}')
   changed = architecture.differences(weights.model, model)
   # The activation may be chosen: the same weights are used with both.
   if not new_head and changed.keys() - {'activation'}:
@@ -137,21 +141,16 @@ def _trained_with(weights, source):
 
 
 def _for_size(weights, model):
-  """Returns weights for the images of `model`, where these are all that it differs in."""
-  if not isinstance(model, CompactViT) or not isinstance(weights.model, CompactViT):
+  """Returns weights with positions for the images of `model`, where its tokens are made alike."""
+  theirs = weights.model
+  if not isinstance(model, CompactViT) or not isinstance(theirs, CompactViT):
     return weights
-  changed = architecture.differences(weights.model, model)
-  if changed.keys() - {'activation'} != {'image_size'}:
+  alike = all(getattr(model, name) == getattr(theirs, name) for name in _OF_TOKENS)
+  if not alike or model.image_size == theirs.image_size:
     return weights
-  old, new = changed['image_size']
-  resized, variables = resize_positions(weights.model, weights.variables, new)
-  if model.position == 'learnable':
-    print(f'its positions, for images of {old}x{old}, are resized for {new}x{new}')
-  return dataclasses.replace(
-    weights,
-    description=dataclasses.replace(weights.description, model=resized),
-    variables=jax.tree.map(np.asarray, variables),
-  )
+  resized, variables = resize_positions(theirs, weights.variables, model.image_size)
+  description = dataclasses.replace(weights.description, model=resized)
+  return dataclasses.replace(weights, description=description, variables=variables)
 
 
 def _arrows(changed):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import ml_collections
-import numpy as np
 
-from cvt_flax.data import sources
 from cvt_flax.data.mixing import mix, random_erase, smoothed_targets
-from cvt_flax.errors import UserError
 from cvt_flax.ops.pixels import normalize_pixels
 from cvt_flax.rng import Stream, stream_key
-from cvt_flax.training import sharding
-from cvt_flax.training.config import AugmentConfig, freeze
-from cvt_flax.training.engines import ENGINES, Batch
-from cvt_flax.training.shipped import get_config
+from cvt_flax.training.config import AugmentConfig
+from cvt_flax.training.engines import Batch
 
 
 def make_inputs(
@@ -63,66 +55,3 @@ def make_inputs(
     return images, targets
 
   return inputs
-
-
-class TrainingImages(NamedTuple):
-  """The images of a training step.
-
-  Attributes:
-    pixels: as the network gets them, but 0 to 255: uint8 [b h w 3].
-    targets: the share of every class, float32 [b k]; zeros where an image could not be read.
-    class_names: of the k classes.
-  """
-
-  pixels: np.ndarray
-  targets: np.ndarray
-  class_names: tuple[str, ...]
-
-
-def training_images(config: ml_collections.ConfigDict | str, step: int = 0) -> TrainingImages:
-  """Returns what a run trains on in a step: cropped, augmented, erased and mixed.
-
-  They are those of the run, whatever devices and processes it has. With the resident engine all
-  training images are decoded for it.
-
-  Args:
-    config: as `cvt_flax.get_config` returns it, or a name that it takes.
-    step: of the run, from 0.
-
-  Raises:
-    UserError: the config or the data are not usable.
-  """
-  config = freeze(get_config(config) if isinstance(config, str) else config)
-  if step < 0:
-    raise UserError(f'step={step}: at least 0 is needed')
-  dataset = sources.load(
-    config.source,
-    data_dir=config.data_dir,
-    holdout=config.eval.holdout,
-    test_holdout=config.eval.test_holdout,
-    train_share=config.train_share,
-    seed=config.seed,
-  )
-  if dataset.train is None:
-    raise UserError(f'{config.source} has no training split')
-  engine = ENGINES[config.engine](config, sharding.make_mesh(1, devices=jax.local_devices()[:1]))
-  data = engine.open(dataset.train)
-  if engine.count(data) < config.batch_size:
-    raise UserError(
-      f'batch_size={config.batch_size}: {config.source} has only {engine.count(data)} images to '
-      'train on'
-    )
-  inputs = make_inputs(
-    seed=config.seed,
-    mean=config.mean,
-    std=config.std,
-    augment=config.augment,
-    classes=len(dataset.class_names),
-    groups=config.model.bn_group_size,
-  )
-  with contextlib.closing(engine.feed_training(data, step, step + 1)) as feed:
-    fed = next(feed)
-    images, targets = jax.jit(lambda *fed: inputs(step, engine.train_batch(step, *fed)))(*fed)
-  pixels = np.asarray(images) * config.std + config.mean
-  pixels = (255 * pixels).round().clip(0, 255).astype(np.uint8)
-  return TrainingImages(pixels, np.asarray(targets), dataset.class_names)

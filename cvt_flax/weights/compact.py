@@ -191,10 +191,15 @@ def problems(layout: Layout, model: CompactViT) -> list[str]:
 
 
 def differences(a: CompactViT, b: CompactViT) -> dict[str, tuple]:
-  """Returns in what two models compute differently, as {name: (of a, of b)}."""
+  """Returns in what two models compute differently, as {name: (of a, of b)}.
+
+  For which images they are is one where their positions are learnt.
+  """
   names = [f.name for f in dataclasses.fields(CompactViT)]
   names = [n for n in names if n not in (*_NOT_COMPARED, *_OF_TRAINING)]
   pairs = {n: (getattr(a, n), getattr(b, n)) for n in names}
+  if a.position == b.position != 'learnable':
+    del pairs['image_size']
   return {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
 
 

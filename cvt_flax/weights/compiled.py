@@ -129,7 +129,7 @@ def classifier(
     steps = dataclasses.replace(steps, image_size=image_size)
   size = steps.image_size
   try:
-    if image_size and isinstance(model, CompactViT):
+    if image_size:
       model, variables = resize_positions(model, variables, size)
     stages = stage_geometry(model, size, size)
   except ValueError as e:

@@ -250,6 +250,8 @@ def test_what_is_listed_again_is_not_held_out(tmp_path):
   rows = [f'{i}.png,{"ab"[i % 2]}' for i in range(10)]
   source = write(tmp_path / 'x.csv', 'path,label', *rows, rows[3], './4.png,a')
   assert len(sources.load(source, holdout=0).train) == 12
+  with pytest.raises(UserError, match='has 2 images again, and of which images train_share=0.5 wo'):
+    sources.load(source, holdout=0, train_share=0.5)
   for held_out in ({}, {'holdout': 0, 'test_holdout': 0.2}):
     with pytest.raises(UserError, match='has 2 images again, which might be held out and'):
       sources.load(source, **held_out)

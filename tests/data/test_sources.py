@@ -178,6 +178,7 @@ def test_a_share_keeps_an_image_of_the_rarest_class(tmp_path):
   assert error_of(source, holdout=0, train_share=0.02).endswith(
     'a train is 2, and of 3 classes each needs one'
   )
+  assert error_of(source, holdout=0, train_share=0.999).endswith('a train is 100, which is all')
 
 
 def test_nothing_to_hold_out_to_test(tmp_path):

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cvt_flax import create_model, resize_positions
+from cvt_flax import CvT, create_model, resize_positions
+from tests.models.test_cvt import TINY
 from tests.models.torch_weights import draw, drawn_variables, quick_jit
 
 CVIT = create_model('cvit', 5, width=8, heads=2)  # a class token and 8x8 patches of 32x32 pixels
@@ -36,13 +37,18 @@ def test_a_map_is_resized_as_a_picture(model):
   jax.tree.map(np.testing.assert_array_equal, new, dict(variables))
 
 
-@pytest.mark.parametrize('model', [CVIT, CVIT.clone(position='sine')], ids=['learnt', 'sine'])
-def test_what_is_kept(model):
-  variables = drawn_variables(model)
-  size = 64 if model.position == 'sine' else 32
-  other, new = resize_positions(model, variables, size)
-  assert other.image_size == size
+def test_the_same_size_changes_nothing():
+  variables = drawn_variables(CVIT)
+  other, new = resize_positions(CVIT, variables, 32)
+  assert other == CVIT
   jax.tree.map(np.testing.assert_array_equal, new, dict(variables))
+
+
+@pytest.mark.parametrize('model', [CvT(**TINY), CVIT.clone(position='sine')], ids=['cvt', 'sine'])
+def test_what_takes_any_size_is_left_as_it_is(model):
+  variables = drawn_variables(model)
+  other, new = resize_positions(model, variables, 64)
+  assert other is model and new == dict(variables)
 
 
 def test_a_size_that_patches_do_not_divide():

@@ -14,7 +14,7 @@ from cvt_flax import create_model, get_config, notebook
 from cvt_flax.data.sources import load
 from cvt_flax.errors import UserError
 from cvt_flax.predict import Prediction
-from cvt_flax.training.inputs import training_images
+from cvt_flax.training.look import training_images
 
 LINES = [
   {'step': 5, 'epoch': 0.5, 'train/loss': 2.0, 'train/top1': 0.2},

@@ -71,8 +71,26 @@ def test_calibration_is_over_bins_that_have_images():
   np.testing.assert_allclose(found.accuracy, [1 / 2, 2 / 3])
   np.testing.assert_allclose(found.share, [0.4, 0.6])
   assert found.error == pytest.approx(0.4 * 0.2 + 0.6 * (2.82 / 3 - 2 / 3))
+  np.testing.assert_allclose(
+    np.transpose([found.low, found.high]), [statistics.interval(1, 2), statistics.interval(2, 3)]
+  )
   assert statistics.calibration(made([0, 1], [0, 1], [1.0, 1.0])).error == 0
   assert statistics.calibration(made([0, 1], [0, 1], [0.5, np.nan])) is None
+
+
+def test_calibration_is_told_from_chance():
+  """Hits that are drawn by the probabilities, and networks that are surer than they should be."""
+  rng = np.random.default_rng(1)
+  below = 0
+  for _ in range(40):
+    sure = rng.uniform(0.2, 1, 400)
+    right = rng.random(400) < sure
+    found = statistics.calibration(made(np.zeros(400, int), ~right, sure))
+    assert 0.02 < found.by_chance < 0.1
+    below += found.error <= found.by_chance
+    surer = statistics.calibration(made(np.zeros(400, int), ~right, sure**0.5))
+    assert surer.error > surer.by_chance
+  assert 34 <= below <= 40
 
 
 def test_confusion_has_right_classes_as_rows():

@@ -174,7 +174,7 @@ def test_positions_of_another_size_are_resized(npz, tmp_path, capsys):
   config, variables = of_another_size(npz, tmp_path / 'w')
   _, state = first_state(config, tmp_path / 'run')
   said = capsys.readouterr().out
-  assert 'its positions, for images of 16x16, are resized for 8x8\n' in said
+  assert ' tensors\nits positions, for images of 16x16, are resized for 8x8\n' in said
   assert 'as this config does: image_size 16 -> 8' in said and 'WARNING' not in said
   got, before = flatten_dict(jax.device_get(state.params)), flatten_dict(variables['params'])
   table = before[('pos_embed',)].reshape(1, 4, 4, -1)
@@ -184,9 +184,17 @@ def test_positions_of_another_size_are_resized(npz, tmp_path, capsys):
     np.testing.assert_array_equal(leaf, before[path])
 
 
-def test_positions_are_resized_where_all_else_fits_alone(npz, tmp_path):
-  config, _ = of_another_size(npz, tmp_path / 'w', depth=2)
-  with pytest.raises(UserError, match=r'does not fit the model; .*pos_embed \[1, 16, 48\] instead'):
+def test_what_no_shape_shows_is_a_difference_beside_other_positions(npz, tmp_path, capsys):
+  config, _ = of_another_size(npz, tmp_path / 'w', heads=8)
+  first_state(config, tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert 'are resized for 8x8' in said and 'WARNING: not as the weights say' in said
+  assert 'heads 8 -> 4' in said and 'image_size 16 -> 8' in said
+
+
+def test_positions_of_other_tokens_are_not_resized(npz, tmp_path):
+  config, _ = of_another_size(npz, tmp_path / 'w', patch_size=2)
+  with pytest.raises(UserError, match=r'does not fit the model; .*pos_embed \[1, 64, 48\] instead'):
     loop.run(config, tmp_path / 'run')
 
 

@@ -1,4 +1,4 @@
-"""What the network gets of training images."""
+"""What a run trains on, to look at."""
 
 import jax
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 
 from cvt_flax.errors import UserError
 from cvt_flax.training import loop, step
-from cvt_flax.training.inputs import make_inputs, training_images
+from cvt_flax.training.inputs import make_inputs
+from cvt_flax.training.look import training_images
 
 
 @pytest.mark.parametrize('which', ['stateful', 'streamed'])
@@ -51,12 +52,22 @@ def test_without_augmentation_they_are_as_they_lie(config, npz):
   np.testing.assert_array_equal(found.targets, np.eye(2)[labels[chosen]])
 
 
-def test_what_has_no_training_images(config, npz, tmp_path):
-  with pytest.raises(UserError, match='step=-1: at least 0'):
-    training_images(config, -1)
-  config.batch_size = 256
-  with pytest.raises(UserError, match='batch_size=256: npz:.* has only 180 images to train on'):
-    training_images(config)
+@pytest.mark.parametrize(
+  ('changes', 'step', 'message'),
+  [
+    ({}, -1, 'step=-1: 0 to 32 are those of the run'),
+    ({}, 33, 'step=33: 0 to 32 are those of the run'),
+    (dict(batch_size=256), 0, 'batch_size=256: npz:.* has only 180 images to train on'),
+    (dict(class_weights=(1.0, 2.0, 3.0)), 0, 'one for each of the 2 classes'),
+  ],
+)
+def test_what_a_run_refuses_is_not_shown(changes, step, message, config):
+  config.update(changes)
+  with pytest.raises(UserError, match=message):
+    training_images(config, step)
+
+
+def test_a_source_without_training_images(config, npz, tmp_path):
   with np.load(npz) as arrays:
     np.savez(tmp_path / 'test.npz', **{k: v for k, v in arrays.items() if 'test' in k})
   config.source = f'npz:{tmp_path}/test.npz'
