@@ -41,4 +41,5 @@ def resize_positions(
   new = (1, *options.map_size(image_size, image_size), tokens.shape[-1])
   tokens = rearrange(jax.image.resize(tokens, new, 'bicubic'), '1 h w c -> 1 (h w) c')
   table = jnp.concatenate([cls, tokens], axis=1)
-  return model, dict(variables) | {'params': variables['params'] | {'pos_embed': table}}
+  params = {**variables['params'], 'pos_embed': table}
+  return model, {**variables, 'params': params}

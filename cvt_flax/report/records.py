@@ -131,7 +131,8 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
 
   Args:
     folders: each of a run, or of runs over several seeds. Runs of one config that are given one by
-      one, as they are trained on several machines, are a group as well.
+      one, as they are trained on several machines, are a group as well, called by what their names
+    have in common, or as the first of them where another group could have that name.
 
   Raises:
     UserError: a folder holds no run, or is damaged.
@@ -142,20 +143,27 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
     names = [str(path) for path in paths]
   if len(set(names)) < len(names):
     raise UserError('the same run is given twice')
-  groups = []
+  groups, common = [], []
   for name, path in zip(names, paths, strict=True):
     runs = _runs(path)
     for i, group in enumerate(groups):
       both = (*group.runs, *runs)
       seeds = {run.seed for run in both}
       if len(seeds) == len(both) and _are_of_one_config(group.runs[0], runs[0]):
-        short = re.sub(r'-seed\d+$', '', group.name)
-        ordered = tuple(sorted(both, key=lambda run: run.seed))
-        groups[i] = Group(group.name if short in names else short, ordered)
+        groups[i] = Group(group.name, tuple(sorted(both, key=lambda run: run.seed)))
+        common[i] = _without_seed(path.absolute())
         break
     else:
       groups.append(Group(name, runs))
-  return groups
+      common.append(name)
+  return [
+    Group(group.name if short in names or common.count(short) > 1 else short, group.runs)
+    for group, short in zip(groups, common, strict=True)
+  ]
+
+
+def _without_seed(folder):
+  return folder.parent.name if is_of_seed(folder) else re.sub(r'-seed\d+$', '', folder.name)
 
 
 def _are_of_one_config(a: Run, b: Run) -> bool:

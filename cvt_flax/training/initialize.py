@@ -28,6 +28,7 @@ _OF_TOKENS = ('patch_size', 'conv_layers', 'position')
 
 def initial_variables(
   source: str,
+  config: ModelConfig,
   model: CvT | CompactViT,
   class_names: tuple[str, ...],
   preprocessing: Preprocessing,
@@ -37,6 +38,7 @@ def initial_variables(
 
   Args:
     source: config.init_from.
+    config: of the model.
     model: of the run.
     class_names: of the data.
     preprocessing: of the run.
@@ -85,7 +87,7 @@ def initial_variables(
   try:
     layouts.check(f'init_from={source}', body, found)
   except UserError as e:
-    raise UserError(f'{e}{_trained_with(weights, source)}') from e
+    raise UserError(f'{e}{_trained_with(weights, source, config)}') from e
   anew = '; the head starts anew, '
   if same_classes(names, class_names):
     anew += f'with {model.num_classes} logits in place of {classes}'
@@ -122,22 +124,21 @@ def _name(model):
   return ''
 
 
-def _trained_with(weights, source):
-  """Returns, for a run, the flags by which its config says its network; else ''."""
+def _trained_with(weights, source, config):
+  """Returns, for a run, the flags that make of this model's config its own; else ''."""
   if weights.kind != pretrained.RUN:
     return ''
   try:
     saved = experiment.read(storage.path_of(source)).config
   except (UserError, AttributeError):  # damaged, of another version, or not there
     return ''
-  default = dataclasses.replace(saved, model=ModelConfig())
-  found = {'model.name': saved.model.name} | {
-    name: value
-    for name, (_, value) in differences(default, saved).items()
+  found = differences(dataclasses.replace(saved, model=config), saved)
+  flags = [
+    f'--config.{name}={shlex.quote(str(value))}'
+    for name, (_, value) in found.items()
     if name not in experiment.OF_COMPUTING
-  }
-  flags = (f'--config.{name}={shlex.quote(str(value))}' for name, value in found.items())
-  return f'; it was trained with {" ".join(flags)}'
+  ]
+  return f'; it was trained with {" ".join(flags)}' if flags else ''
 
 
 def _for_size(weights, model):

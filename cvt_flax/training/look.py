@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import pathlib
 import tempfile
 from typing import NamedTuple
@@ -39,7 +40,7 @@ def training_images(config: ml_collections.ConfigDict | str, step: int = 0) -> T
   """Returns what a run trains on in a step: cropped, augmented, erased and mixed.
 
   All that a run would is set up for it, and nothing is written: the whole batch is read, and with
-  the resident engine all images of train.
+  the resident engine all images of train and validation, which leave the devices again.
 
   Args:
     config: as `cvt_flax.get_config` returns it, or a name that it takes.
@@ -49,7 +50,15 @@ def training_images(config: ml_collections.ConfigDict | str, step: int = 0) -> T
     UserError: the config or the data are not usable, or the run has no such step.
   """
   config = freeze(get_config(config) if isinstance(config, str) else config)
-  config = dataclasses.replace(config, init_from='')  # weights change no image
+  # Neither weights nor evaluation sets change an image.
+  sets = dataclasses.replace(config.eval, sets=())
+  config = dataclasses.replace(config, init_from='', eval=sets)
+  found = _images_of_step(config, step)
+  gc.collect()  # jitted functions and what holds them are a cycle, with the images on the devices
+  return found
+
+
+def _images_of_step(config, step):
   with processes.entered(), tempfile.TemporaryDirectory() as folder:
     training = TrainingSetup(config, pathlib.Path(folder))
     if not 0 <= step < training.total_steps:
@@ -71,7 +80,7 @@ def training_images(config: ml_collections.ConfigDict | str, step: int = 0) -> T
 
     compute = jax.jit(pixels_and_targets, out_shardings=training.replicated)
     feed = training.engine.feed_training(training.train_data, step, step + 1)
-    memory = told_of_memory('--config.batch_size', config.batch_size, training.mesh.size)
+    memory = told_of_memory('--config.batch_size', config.batch_size, training.batch_unit)
     with contextlib.closing(feed), memory:
       pixels, targets = jax.device_get(compute(step, *next(feed)))
   return TrainingImages(pixels, targets, training.dataset.class_names)

@@ -167,13 +167,11 @@ def _train(config, folder, watch):
     processes.wait_for_all('metrics.jsonl ends where the run goes on')
     signals = stack.enter_context(Signals())
     feed = training.engine.feed_training(training.train_data, start, training.total_steps)
-    c = config
-    unit = math.lcm(training.mesh.size, (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps)
     also = ', or a larger optimizer.accumulate_steps (docs/pods.md, Memory)'
-    if c.engine == 'resident':
+    if config.engine == 'resident':
       also += ', or engine=stream'
     also += '; once there is a checkpoint, with another --workdir'  # as a run keeps these
-    memory = told_of_memory('--config.batch_size', c.batch_size, unit, also)
+    memory = told_of_memory('--config.batch_size', config.batch_size, training.batch_unit, also)
     with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     values = _finish(training, checkpoints, writer, signals)

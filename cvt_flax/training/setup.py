@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -143,8 +144,10 @@ class Setup:
   def evaluate_sets(self, variables: dict, signals: Signals) -> dict | None:
     """Returns the metrics of config.eval.sets, {'NAME/top1': ...}; None when a signal came."""
     values, count = {}, len(self.dataset.class_names)
-    engine = Streaming(self.config, self.mesh)  # they are read once
-    answer = self._jitted_answer(engine)
+    engine, answer = self.engine, self._answer
+    if not isinstance(engine, Streaming):  # they are read once
+      engine = Streaming(self.config, self.mesh)
+      answer = self._jitted_answer(engine)
     for each in self.sets:
       feed = engine.feed_evaluation(each.split, self.eval_batch_size, count)
       answers = self._answers(variables, feed, signals, answer, each.classes)
@@ -174,6 +177,7 @@ class Setup:
     """Returns the variables that config.init_from holds, on every device."""
     leaves = initialize.initial_variables(
       self.config.init_from,
+      self.config.model,
       self.model,
       self.dataset.class_names,
       self.description.preprocessing,
@@ -243,6 +247,13 @@ class TrainingSetup(Setup):
       self.total_steps, self.steps_per_epoch, config.batch_size, image_share=self.image_share
     )
 
+  @property
+  def batch_unit(self) -> int:
+    """What divides a batch size that fits: the devices, and the groups of every microbatch."""
+    c = self.config
+    groups = (c.model.bn_group_size or 1) * c.optimizer.accumulate_steps
+    return math.lcm(self.mesh.size, groups)
+
   def _image_share(self):
     """Returns what an image takes of what the devices could do in a second; None: not known.
 
@@ -285,6 +296,7 @@ class TrainingSetup(Setup):
   def _read_weights(self):
     return initialize.initial_variables(
       self.config.init_from,
+      self.config.model,
       self.model,
       self.dataset.class_names,
       self.description.preprocessing,

@@ -284,6 +284,19 @@ def test_runs_that_may_differ_are_not_put_together(make_run):
   # A name that another group has is not taken.
   names = [make_run('e-seed0', epochs=3), make_run('e-seed1', seed=1, epochs=3), make_run('e')]
   assert [group.name for group in records.read_groups(names)] == ['e-seed0', 'e']
+  more = [make_run(f'e-seed{s}', seed=s, epochs=4) for s in (2, 3)]
+  found = records.read_groups([*names[:2], *more])
+  assert [group.name for group in found] == ['e-seed0', 'e-seed2']
+
+
+def test_runs_of_seeds_are_called_as_their_folder_is(make_run):
+  folders = [
+    make_run(f'{f}/seed-{s}', seed=s, epochs=e) for f, e in (('f', 1), ('g', 2)) for s in (0, 1)
+  ]
+  groups = records.read_groups(folders)
+  assert [(group.name, len(group.runs)) for group in groups] == [('f', 2), ('g', 2)]
+  (group,) = records.read_groups(folders[:2])
+  assert group.name == 'f'
 
 
 def test_uneven_classes_have_numbers_of_their_own(make_run):

@@ -132,19 +132,18 @@ def test_a_run_that_does_not_fit_says_by_which_flags_it_would(trained, npz, tmp_
   config = get_config()
   config.source, config.image_size, config.batch_size = f'npz:{npz}', 32, 16
   config.init_from, config.model.name = str(trained[1]), 'cvt-nano'
+  config.model.pool, config.model.qkv_kernels = 'mean', (3, 3, 3)  # of the run: its model's
   with pytest.raises(UserError, match='does not fit the model; .*; it was trained with ') as error:
     loop.run(config, tmp_path / 'run')
   flags = shlex.split(str(error.value).partition('trained with ')[2])
   assert '--config.model.patch_sizes=(3,)' in flags and not any('bn_group' in f for f in flags)
+  assert {'--config.model.pool=', '--config.model.qkv_kernels=()'} <= set(flags)
   for flag in flags:
     name, _, value = flag.removeprefix('--config.').partition('=')
-    config.update_from_flattened_dict({name: type_of(config, name)(value)})
+    kind = str if name in ('model.name', 'model.pool') else ast.literal_eval
+    config.update_from_flattened_dict({name: kind(value)})
   config.model.bn_group_size = 4
   first_state(config, tmp_path / 'run')
-
-
-def type_of(config, name):
-  return str if name == 'model.name' else ast.literal_eval
 
 
 def test_weights_of_another_named_network(npz, tmp_path):

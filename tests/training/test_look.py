@@ -1,11 +1,13 @@
 """What a run trains on, to look at."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
 
 from cvt_flax.errors import UserError
-from cvt_flax.training import loop, step
+from cvt_flax.training import look, loop, step
 from cvt_flax.training.inputs import make_inputs
 from cvt_flax.training.look import training_images
 
@@ -50,6 +52,23 @@ def test_without_augmentation_they_are_as_they_lie(config, npz):
   chosen = [places[image.tobytes()] for image in found.pixels]
   assert len(set(chosen)) == 180
   np.testing.assert_array_equal(found.targets, np.eye(2)[labels[chosen]])
+
+
+def test_the_images_leave_the_devices(config):
+  gc.collect()
+  before = sum(array.nbytes for array in jax.live_arrays())
+  training_images(config)
+  assert sum(array.nbytes for array in jax.live_arrays()) == before
+
+
+def test_a_smaller_batch_that_is_named_is_one_that_a_run_takes(config, monkeypatch):
+  def full(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
+
+  monkeypatch.setattr(look, 'make_inputs', lambda **kwargs: full)
+  config.batch_size, config.model.bn_group_size, config.optimizer.accumulate_steps = 48, 8, 3
+  with pytest.raises(UserError, match='try --config.batch_size=24'):
+    training_images(config)
 
 
 @pytest.mark.parametrize(
