@@ -116,11 +116,13 @@ def predict_images(
 
 def _check(images, top, image_size, batch_size):
   """Returns the paths of all images; raises a UserError for what is wrong without the weights."""
-  if top < 1 or batch_size < 1 or image_size < 0:
-    raise UserError(
-      f'top={top}, batch_size={batch_size}: at least 1 is needed; image_size={image_size}: at '
-      'least 0'
-    )
+  for name, value, least in (
+    ('top', top, 1),
+    ('batch_size', batch_size, 1),
+    ('image_size', image_size, 0),
+  ):
+    if value < least:
+      raise UserError(f'{name}={value}: at least {least} is needed')
   images = [images] if isinstance(images, str | pathlib.Path) else images
   try:
     paths = [path for image in images for path in _expand(image)]

@@ -141,7 +141,8 @@ def _hold_out_test(dataset: Dataset, share: float, seed: int) -> Dataset:
   count = round(share * len(train))
   if not count:
     raise UserError(
-      f'test_holdout={share} of the {len(train)} images of {train.name} is none; more are needed'
+      f'eval.test_holdout={share} of the {len(train)} images of {train.name} is none; more are '
+      'needed'
     )
   chosen = stratified_choice(train.labels, count, seed, Stream.TEST_HOLDOUT)
   rest, test = _parts(train, chosen, 'held out to test')
@@ -154,8 +155,8 @@ def _hold_out(dataset: Dataset, holdout: float, seed: int) -> Dataset:
   count = min(round(holdout * len(train)), MAX_HELD_OUT)
   if not count:
     raise UserError(
-      f'holdout={holdout} of the {len(train)} images of {train.name} is none; '
-      'more images are needed, or holdout=0 to train without validation'
+      f'eval.holdout={holdout} of the {len(train)} images of {train.name} is none; more images are '
+      'needed, or --config.eval.holdout=0 to train without validation'
     )
   chosen = stratified_choice(train.labels, count, seed)
   rest, validation = _parts(train, chosen, 'held out')

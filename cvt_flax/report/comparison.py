@@ -29,6 +29,7 @@ _METRICS = (
   ('test/auc', 'test AUC', '.2%'),
   ('test/loss', 'test loss', '.4f'),
   ('val/top1', 'validation top-1', '.2%'),
+  ('val/top5', 'validation top-5', '.2%'),
   ('val/balanced_accuracy', 'validation balanced accuracy', '.2%'),
   ('val/f1', 'validation F1', '.2%'),
   ('val/auc', 'validation AUC', '.2%'),

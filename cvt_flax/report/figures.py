@@ -70,7 +70,7 @@ class Line:
 _STYLES = {
   'line': dict(linewidth=2.0, marker='o', markersize=3.5),
   'thin': dict(linewidth=1.1, alpha=0.75),
-  'star': dict(linestyle='none', marker='*', markersize=13, zorder=5),
+  'star': dict(linestyle='none', marker='*', markersize=13, zorder=1.9),  # under a line's point
 }
 _DASHES = '-', '--', ':'  # when all colours have been used, they come again with the next
 

@@ -258,11 +258,12 @@ def _flat(config: Mapping, prefix=''):
 def config_differences(groups: Sequence[Group]) -> dict[str, list]:
   """Returns {dotted key: its value in each group} of the keys in which the groups differ.
 
-  The seed is not one of them where a group has several; a key that an older run does not know is
-  None.
+  The seed is not one of them where a group has several, and what a run says at its end never is; a
+  key that an older run does not know is None.
   """
   configs = [group.runs[0].config for group in groups]
   keys = dict.fromkeys(key for config in configs for key in config)
+  keys.pop('closing_note', None)
   if any(len(group.runs) > 1 for group in groups):
     keys.pop('seed')
   rows = {key: [config.get(key) for config in configs] for key in keys}

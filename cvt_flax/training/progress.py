@@ -57,7 +57,7 @@ class Progress:
       self._all_steps += 1
       self._last = now
     if not self._tty and not self._told and self._all_seconds > _FIRST_WORDS:
-      self.interval(step, loss)
+      self.interval(step)
     elif self._tty and now - self._shown > 1:
       self._shown = now
       words = self._words(step, loss)
@@ -72,8 +72,8 @@ class Progress:
     self._seconds, self._steps = 0.0, 0
     return rate
 
-  def interval(self, step: int, loss: float) -> None:
-    """Shows the line of an interval, in a log."""
+  def interval(self, step: int, loss: float | None = None) -> None:
+    """Shows the line of an interval, in a log, with its mean loss where that is known."""
     self._told = True
     if not self._tty:
       self.say('  '.join(self._words(step, loss)))
@@ -93,8 +93,9 @@ class Progress:
     words = [
       f'epoch {step / self._per_epoch:.2f}/{self._total / self._per_epoch:.4g}',
       f'step {step}/{self._total}',
-      f'loss {loss:.4f}',
     ]
+    if loss is not None:
+      words.append(f'loss {loss:.4f}')
     if self._all_seconds:
       rate = self._all_steps / self._all_seconds
       left = (self._total - step) / rate

@@ -311,7 +311,8 @@ class TrainingSetup(Setup):
       if last >= epochs:
         raise UserError(
           f'optimizer.{name} goes up to epoch {last:g}, but steps={self.total_steps} are '
-          f'{epochs:.2f} epochs of {self.steps_per_epoch} steps'
+          f'{epochs:.2f} epochs of {self.steps_per_epoch} steps; something smaller is needed, '
+          f'{epochs / 10:.2g} for example'
         )
 
   def _check_validation(self):

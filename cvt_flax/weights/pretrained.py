@@ -122,7 +122,8 @@ def load(
     there = {p.name: str(p) for p in path.parent.glob('*')} | {n: n for n in list_pretrained()}
     close = nearest(path.name, there, shown=there)
     raise UserError(
-      f'{path}: there is no such file or folder{close or "."} hf:NAME is for models of Hugging Face'
+      f'{path}: there is no such file or folder{close or "."} hf:NAME is for models of Hugging '
+      f'Face, and {", ".join(list_pretrained())} comes along'
     )
   if path.is_dir():
     return _load_folder(path, source, model, activation, progress)

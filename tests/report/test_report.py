@@ -266,7 +266,7 @@ def test_runs_of_one_config_are_put_together(make_run):
   assert 'a: 2 seeds, 0, 2' in words and 'a test top-1 85.83% 8.25% 80.00% 91.67% 2' in words
   assert 'b test top-1 83.33% – – – 1' in words
   # A seed that is there already makes it another config's.
-  again = make_run('a-again', seed=0, hits=30, log_every=9)
+  again = make_run('a-again', seed=0, hits=30, log_every=9, closing_note='Next, ...')
   words = ' '.join(Page(write_report([*folders, again])).words.split())
   assert 'a-again test top-1 50.00%' in words and 'The configs do not differ.' in words
 

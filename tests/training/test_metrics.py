@@ -186,7 +186,7 @@ def test_a_log_says_soon_how_long_it_will_take(clock):
   shown = Progress(total_steps=300, steps_per_epoch=100, batch_size=64, stream=stream)
   shown.start()
   take_steps(shown, clock, range(1, 31), seconds=1.0)
-  assert stream.getvalue() == 'epoch 0.11/3  step 11/300  loss 0.5000  64 images/s  4:49 left\n'
+  assert stream.getvalue() == 'epoch 0.11/3  step 11/300  64 images/s  4:49 left\n'
 
 
 def test_a_terminal_gets_one_line_that_is_written_over_about_once_a_second(clock):
