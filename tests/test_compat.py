@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 import cvt_flax
 from cvt_flax import compat, convert_weights, create_model, load_pretrained
-from cvt_flax.weights.layouts import VIT_PYTORCH, leaf_shapes
+from cvt_flax.weights.layouts import VIT_PYTORCH
+from cvt_flax.weights.tensor_checks import leaf_shapes
 from tests.models.test_peers import randomize
 from tests.models.torch_weights import (
   assert_close,

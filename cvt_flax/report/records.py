@@ -132,7 +132,7 @@ def read_groups(folders: Sequence[str | pathlib.Path]) -> list[Group]:
   Args:
     folders: each of a run, or of runs over several seeds. Runs of one config that are given one by
       one, as they are trained on several machines, are a group as well, called by what their names
-    have in common, or as the first of them where another group could have that name.
+      have in common, or as the first of them where another group could have that name.
 
   Raises:
     UserError: a folder holds no run, or is damaged.

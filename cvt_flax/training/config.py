@@ -9,7 +9,6 @@ of what it belongs to": ml_collections cannot override None.
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Iterator
 
@@ -18,21 +17,7 @@ import ml_collections
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.training import config_uses as uses
 from cvt_flax.training.config_checks import CHECKS
-
-
-def key(default, doc: str, *, allowed=None, low=None, high=None, used=None):
-  """Declares a config key.
-
-  Args:
-    default: its default; its type is the key's.
-    doc: what it means.
-    allowed: the values it may have.
-    low, high: bounds, both inclusive, of the number or of each number of a tuple.
-    used: (predicate of the whole config, the condition in words): when the key has an effect.
-      Moving it off its default while the condition does not hold is an error.
-  """
-  metadata = dict(doc=doc, allowed=allowed, low=low, high=high, used=used)
-  return dataclasses.field(default=default, metadata=metadata)
+from cvt_flax.training.config_values import check_value, key, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +357,7 @@ def freeze(config: ml_collections.ConfigDict | dict) -> TrainConfig:
     config = config.to_dict()
   frozen = _build(TrainConfig, config, '')
   for name, field, _ in keys():
-    _check_value(name, field, _get(frozen, name))
+    check_value(name, field, _get(frozen, name))
   for name, field, _ in keys():
     used = field.metadata['used']
     if used and _get(frozen, name) != field.default and not used[0](frozen):
@@ -413,38 +398,5 @@ def _build(declaration, values, prefix):
     if dataclasses.is_dataclass(kind):
       built[name] = _build(kind, values[name], f'{prefix}{name}.')
     else:
-      built[name] = _typed(f'{prefix}{name}', values[name], kind)
+      built[name] = typed(f'{prefix}{name}', values[name], kind)
   return declaration(**built)
-
-
-def _typed(name, value, kind):
-  """Returns the value in its declared type; an int may stand for a float, a list for a tuple."""
-  if typing.get_origin(kind) is tuple:
-    element = typing.get_args(kind)[0]
-    if not isinstance(value, tuple | list):
-      raise UserError(f'{name}={value!r}: a tuple of {element.__name__} is needed')
-    return tuple(_typed(name, v, element) for v in value)
-  if kind is float and type(value) is int:
-    return float(value)
-  if type(value) is not kind:
-    raise UserError(f'{name}={value!r}: {_ARTICLES[kind]} is needed')
-  return value
-
-
-_ARTICLES = {str: 'a string', int: 'an integer', float: 'a number', bool: 'true or false'}
-
-
-def _check_value(name, field, value):
-  allowed, low, high = (field.metadata[k] for k in ('allowed', 'low', 'high'))
-  if allowed and value not in allowed:
-    words = [repr(a) for a in allowed if a != '']
-    raise UserError(
-      f'{name}={value!r}: one of {", ".join(words)} is needed{nearest(value, allowed)}'
-    )
-  for number in value if isinstance(value, tuple) else (value,):
-    if isinstance(number, float) and not math.isfinite(number):
-      raise UserError(f'{name}={value!r}: a finite number is needed')
-    if low is not None and number < low:
-      raise UserError(f'{name}={value!r}: at least {low} is needed')
-    if high is not None and number > high:
-      raise UserError(f'{name}={value!r}: at most {high} is allowed')

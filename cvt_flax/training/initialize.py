@@ -17,7 +17,7 @@ from cvt_flax.models.zoo import create_model, list_models
 from cvt_flax.ops.logits import num_classes
 from cvt_flax.training import experiment
 from cvt_flax.training.config import ModelConfig, differences
-from cvt_flax.weights import architecture, layouts, pretrained
+from cvt_flax.weights import architecture, pretrained, tensor_checks
 from cvt_flax.weights.description import same_classes
 from cvt_flax.weights.preprocessing import Preprocessing
 
@@ -71,7 +71,7 @@ def initial_variables(
       f'{source} has {classes} classes ({", ".join(names[:3]) or "without names"}), the data '
       f'{len(class_names)} ({", ".join(class_names[:3])}): the same classes are needed'
     )
-  shapes = layouts.leaf_shapes(model)
+  shapes = tensor_checks.leaf_shapes(model)
   leaves = traverse_util.flatten_dict(weights.variables)
   if not same:
     leaves, body = _without_head(leaves), _without_head(shapes)
@@ -85,7 +85,7 @@ def initial_variables(
       'is needed'
     )
   try:
-    layouts.check(f'init_from={source}', body, found)
+    tensor_checks.check(f'init_from={source}', body, found)
   except UserError as e:
     raise UserError(f'{e}{_trained_with(weights, source, config)}') from e
   anew = '; the head starts anew, '

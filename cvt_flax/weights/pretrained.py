@@ -28,6 +28,7 @@ from cvt_flax.weights import (
   layouts,
   preprocessing,
   run_folder,
+  tensor_checks,
 )
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.files import BIN, CONFIG, PREPROCESSOR, SAFETENSORS
@@ -301,7 +302,7 @@ def _read(
   progress: Progress | None,
 ) -> Weights:
   """Reads all tensors of a file into the variables of a model; without a layout, into our own."""
-  layouts.check_size(f'{source} ({file.path.name})', known.model, len(file.shapes))
+  tensor_checks.check_size(f'{source} ({file.path.name})', known.model, len(file.shapes))
   read, done = file.read, 0
   if progress:
 

@@ -14,7 +14,7 @@ from cvt_flax import storage
 from cvt_flax.errors import UserError
 from cvt_flax.models.compact import CompactViT
 from cvt_flax.models.cvt import CvT
-from cvt_flax.weights import layouts
+from cvt_flax.weights import tensor_checks
 
 # The folder of the checkpoints, and what each of them holds: {'params', 'batch_stats'} of the
 # model, and their averages where the run keeps them.
@@ -131,9 +131,9 @@ def restore_best(
     averaged = (checkpoints / str(step) / AVERAGES).is_dir()
     name = AVERAGES if averaged else MODEL
     saved = _shapes(storage.absolute(checkpoints) / str(step) / name)
-    layouts.check_size(source, model, len(saved))
-    shapes = layouts.leaf_shapes(model)
-    layouts.check(source, shapes, saved)
+    tensor_checks.check_size(source, model, len(saved))
+    shapes = tensor_checks.leaf_shapes(model)
+    tensor_checks.check(source, shapes, saved)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {'batch_stats': {}} | traverse_util.unflatten_dict(
       {p: jax.ShapeDtypeStruct(s, np.float32, sharding=device) for p, s in shapes.items()}

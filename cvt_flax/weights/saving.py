@@ -18,8 +18,8 @@ from cvt_flax.weights import (
   description,
   files,
   huggingface_config,
-  layouts,
   preprocessing,
+  tensor_checks,
 )
 from cvt_flax.weights.description import Description
 from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
@@ -71,8 +71,8 @@ def write(weights: Weights, path: pathlib.Path, kind: str) -> None:
   """
   known = weights.description
   leaves = {p: np.asarray(x) for p, x in traverse_util.flatten_dict(weights.variables).items()}
-  shapes = layouts.leaf_shapes(known.model)
-  layouts.check(weights.source, shapes, {p: x.shape for p, x in leaves.items()})
+  shapes = tensor_checks.leaf_shapes(known.model)
+  tensor_checks.check(weights.source, shapes, {p: x.shape for p, x in leaves.items()})
   check_writable(weights, path, kind)
   if kind == FLAX:
     with storage.new_path(path, folder=True) as folder:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from cvt_flax.weights.layouts import leaf_shapes
+from cvt_flax.weights.tensor_checks import leaf_shapes
 
 # For what is compiled once and run once: half the time to compile, the same arithmetic.
 quick_jit = functools.partial(

@@ -143,7 +143,7 @@ def test_curves_have_every_split(monkeypatch):
 def test_curves_are_drawn_again_once_a_second_and_at_the_end(monkeypatch):
   live, drawn, now = notebook.LiveCurves(), [], [0.0]
   monkeypatch.setattr(live, '_show', lambda: drawn.append(now[0]))
-  monkeypatch.setattr(notebook.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(notebook.runs.time, 'monotonic', lambda: now[0])
   for now[0], line in zip((0.0, 0.5, 1.2, 1.3), LINES, strict=True):
     live(line)
   assert drawn == [0.0, 1.2, 1.3]

@@ -6,7 +6,8 @@ from flax.traverse_util import flatten_dict
 
 from cvt_flax import create_model
 from cvt_flax.errors import UserError
-from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH, check
+from cvt_flax.weights.layouts import HUGGING_FACE, LAYOUTS, OFFICIAL, VIT_PYTORCH
+from cvt_flax.weights.tensor_checks import check
 from tests.models.test_goldens import CONFIGS, CvT, golden
 from tests.models.torch_weights import drawn_variables
 from tests.weights.models import MODELS, PACKAGED, assert_same_bytes, shapes_of, state_dict
