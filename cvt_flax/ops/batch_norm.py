@@ -108,7 +108,7 @@ def _backward(_epsilon, residuals, gradients):
   # Two sums over a group's maps, of g [g features] and of (x - mean) g [g c features]; all other
   # gradients are made of them.
   g_sum = jnp.sum(g.astype(jnp.float32), (1, 2, 3))
-  xg_sum = jax.vmap(linear.kernel_gradient)(x, g) - mean[:, :, None] * g_sum[:, None]
+  xg_sum = _kernel_gradients(x, g) - mean[:, :, None] * g_sum[:, None]
   dkernel = _exact('gc,gcf->cf', gain, xg_sum) + _exact('c,gf->cf', shift, g_sum)
   dshift = _exact('gf,cf->gc', g_sum, kernel)
   dscale = factor * _exact('gcf,cf->gc', xg_sum, kernel)
@@ -132,6 +132,17 @@ def _folded_product(x, mean, gain, shift, kernel, bias):
 
 def _product(x, kernels):
   return jnp.einsum('gnhwc,gcf->gnhwf', x, kernels, preferred_element_type=jnp.float32)
+
+
+def _kernel_gradients(x, g):
+  """Returns x^T g of each group [g c features], in float32.
+
+  Of a batch of one XLA on a CPU transposes an operand before the product, and computes what made
+  it, a depthwise convolution, again in that order.
+  """
+  if len(x) == 1:
+    return linear.kernel_gradient(x[0], g[0])[None]
+  return jax.vmap(linear.kernel_gradient)(x, g)
 
 
 def _exact(equation, *operands):

@@ -1,5 +1,8 @@
 """Batch normalisation over groups and a linear layer after it, by their definitions in float64."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +81,14 @@ def test_no_group_size_is_the_whole_batch():
     project_groups(*inputs(), 0, EPSILON),
     project_groups(*inputs(), 6, EPSILON),
   )
+
+
+def test_the_gradient_of_one_group_transposes_no_maps():
+  x, *rest = inputs()
+  gradient = jax.jit(jax.grad(lambda *a: jnp.sum(project_groups(*a, 0, EPSILON)[0] ** 2), range(5)))
+  compiled = re.sub('metadata={.*?}', '', gradient.lower(x, *rest).compile().as_text())
+  rows = math.prod(x.shape[:3])
+  assert 'dot(' in compiled and f'[4,{rows}]' not in compiled and f'[5,{rows}]' not in compiled
 
 
 def test_a_group_does_not_see_the_others():
