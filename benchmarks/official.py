@@ -1,11 +1,11 @@
 """The real weights: logits against PyTorch, and top-1 on ImageNet's validation set.
 
     python benchmarks/official.py CvT-13-224x224-IN-1k.pth hf:microsoft/cvt-21
-    python benchmarks/official.py CvT-13-224x224-IN-1k.pth --imagenet=DIR
+    python benchmarks/official.py CvT-13-224x224-IN-1k.pth --imagenet=VAL
     python benchmarks/official.py CvT-13-224x224-IN-1k.pth --authors=../CvT
 
 Weights are files that are there, or names that huggingface_hub fetches because they are given.
-DIR holds the validation images in a folder for each synset, n01440764 to n15075141.
+VAL holds the validation images in a folder for each synset, n01440764 to n15075141.
 """
 
 # ruff: noqa: E402  (the environment is set before transformers is imported)
@@ -35,7 +35,7 @@ def main():
   parser.add_argument('weights', nargs='*', metavar='W')
   parser.add_argument('--activation', default='quick_gelu', help="the authors', quick_gelu")
   parser.add_argument('--authors', help='a checkout of github.com/microsoft/CvT, to compare with')
-  parser.add_argument('--imagenet', metavar='DIR', help='the validation images, in 1,000 folders')
+  parser.add_argument('--imagenet', metavar='VAL', help='the validation images, in 1,000 folders')
   parser.add_argument('--batch_size', type=int, default=32)
   arguments = parser.parse_args()
   if bool(arguments.weights) == arguments.quick:

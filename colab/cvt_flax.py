@@ -151,7 +151,8 @@ notebook.draw_predictions(predict_images('cvt-nano-cifar10', PICTURES))
 # `SOURCE` is a model of Hugging Face, `hf:microsoft/cvt-13`, or a file of the authors,
 # `CvT-13-224x224-IN-1k.pth`, which you upload (the folder symbol on the left) or name by its path in
 # your Drive. `MODEL` and `SIZE` say what network it is and for which images: `cvt-21` and 384 for
-# `hf:microsoft/cvt-21-384`; without a network, `cvt-nano` and 32 for `cvt-nano-cifar10`.
+# `hf:microsoft/cvt-21-384`. Where there is no connection set `SOURCE` to `cvt-nano-cifar10`, `MODEL` to
+# `cvt-nano` and `SIZE` to 32. `hf:` takes `pip install huggingface_hub`, which Colab has.
 #
 # Converting moves numbers and changes none. Where PyTorch and transformers are installed, the logits and
 # the maps of all stages are compared with theirs on the same images; `logits` and `maps` say how far they

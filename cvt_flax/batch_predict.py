@@ -11,7 +11,7 @@ below it, or what training takes: tfds:NAME, folder:DIR, csv:FILE, npz:FILE. FOL
 file for every 16,384 images. The same command goes on with what is missing there, on as many
 devices and processes as there are then.
 
-  python -m cvt_flax.batch_predict --weights=runs/pets-seed0 photos predictions
+  python -m cvt_flax.batch_predict --weights=runs/finetune_pets-seed0 photos predictions
   python -m cvt_flax.batch_predict --weights=CvT-13-384x384-IN-22k.pth tfds:imagenet2012 \\
     gs://BUCKET/features --split=train --features --batch_size=2048 --distributed=auto
 """
