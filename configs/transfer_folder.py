@@ -9,8 +9,7 @@ DIR/CLASS/image.jpg, or DIR/train/CLASS/image.jpg with DIR/val and DIR/test. Wit
 eval.test_holdout keeps a part of train to test on; without a validation split a tenth of the rest
 is held out. WEIGHTS are a .pth file, a folder of weights, hf:NAME or a run folder; by default those
 that configs/cvt13_imagenet.py trains. Another network than CvT-13 is --config.model.name=NAME; one
-for small images wants --config.image_size=64 as well, and a CompactViT the size that it was trained
-at.
+for small images wants --config.image_size=64 as well.
 
 The variants are full, which trains everything, and frozen, which trains the head: the backbone
 stays as it is byte for byte, the running statistics of its batch norms included. In between are

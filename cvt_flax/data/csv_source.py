@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from cvt_flax.data.files import FileSplit, NamePacker
 from cvt_flax.errors import UserError, nearest
 
 _COLUMNS = ('path', 'label', 'split')
+_NOT_UTF8 = re.compile('[\udc80-\udcff]')  # what surrogateescape makes of other bytes
 _KINDS = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
 
 
@@ -88,6 +90,8 @@ def _records(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str, str, s
       for column, value in zip(_COLUMNS, (name, label, split), strict=True):
         if not value.strip() or '\0' in value:
           raise UserError(f'{where} has {"a NUL in its" if value.strip() else "no"} {column}')
+      if _NOT_UTF8.search(label):
+        raise UserError(f'{where} has a label that is not UTF-8: save the list as UTF-8')
       kind = _KINDS.get(split.lower())
       if kind is None:
         raise UserError(

@@ -21,7 +21,8 @@ def resize_positions(
       model, variables = resize_positions(*load_pretrained('cct.pth'), image_size=64)
 
   The positions that a CompactViT has learnt are a map, which is resized bicubically; a class token
-  keeps its own. Other networks, every CvT among them, take images of any size: nothing changes.
+  keeps its own. Nothing changes where none are learnt, nor in a CvT, which resizes its own as it
+  runs.
 
   Args:
     model: the network.
@@ -29,7 +30,7 @@ def resize_positions(
     image_size: height and width of the images.
 
   Raises:
-    ValueError: patches do not divide such images.
+    ValueError: positions are learnt, and patches do not divide such images.
   """
   if not isinstance(model, CompactViT) or model.position != 'learnable':
     return model, dict(variables)

@@ -75,13 +75,14 @@ def _results(groups):
   if rows:
     head = ['config', 'metric', 'mean', 'deviation', 'lowest', 'highest', 'runs']
     parts.append(markup.table(head, rows))
-    parts.append(
-      markup.paragraph(
-        'Of the checkpoint that each run chose by validation; the deviation is that of a sample, '
-        'n - 1, over seeds.',
-        faint=True,
-      )
-    )
+    validated = {run.validated for group in groups for run in group.runs if run.final}
+    if validated == {False}:
+      chosen = 'the last checkpoint of each run'
+    else:
+      chosen = 'the checkpoint that each run chose by validation'
+      chosen += ', or its last where it has none' if False in validated else ''
+    words = f'Of {chosen}; the deviation is that of a sample, n - 1, over seeds.'
+    parts.append(markup.paragraph(words, faint=True))
   for group in groups:
     if group.finals('test/f1') or group.finals('val/f1'):
       positive = group.runs[0].class_names[1]
@@ -169,7 +170,7 @@ def _paired_tests(groups):
     words = 'Too few seeds in common for a paired test, of which two are the least'
     yield markup.paragraph(f'{words}: {", ".join(apart)}.')
   if other_images:
-    words = 'No paired test, as source, eval.holdout or eval.test_holdout differ'
+    words = 'No paired test, as source, classes, eval.holdout or eval.test_holdout differ'
     yield markup.paragraph(f'{words}: {"; ".join(other_images)}.')
 
 

@@ -60,7 +60,8 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def text(value: object) -> str:
-  return html.escape(str(value))
+  """Returns it escaped; bytes of a file name that are not UTF-8 as in \\udce4."""
+  return html.escape(str(value).encode(errors='backslashreplace').decode())
 
 
 def paragraph(value: str, faint: bool = False) -> str:

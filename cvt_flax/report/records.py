@@ -99,6 +99,11 @@ class Run:
       return None
     return self.final.get(metric)
 
+  @property
+  def validated(self) -> bool:
+    """Whether validation images chose the checkpoint of `final`; otherwise it is the last one."""
+    return 'val/top1' in self.final
+
   def devices(self) -> str:
     """Returns what the run was computed on, as '8 x TPU v4'."""
     counts = Counter(self.hardware['devices'])

@@ -61,8 +61,9 @@ def _head(run):
       more = f'{n:,} images; 95 % interval {low:.1%} to {high:.1%}'
       values.append((f'{final[f"{split}/top1"]:.1%}', f'{words} top-1', more))
   if run.lines:
-    best = f'best checkpoint: {final["epoch"]:g}' if 'epoch' in final else 'not finished'
-    values.append((f'{run.lines[-1]["epoch"]:g}', 'epochs', best))
+    words = 'best' if run.validated else 'last'
+    which = f'{words} checkpoint: {final["epoch"]:g}' if 'epoch' in final else 'not finished'
+    values.append((f'{run.lines[-1]["epoch"]:g}', 'epochs', which))
   parameters = sum(size for _, _, size in run.parameters())
   if parameters:
     values.append((f'{parameters / 1e6:.3g} M', 'parameters', str(c['model.name'])))
@@ -139,7 +140,7 @@ def _results(run):
     parts.append(
       markup.paragraph(
         f'Of the checkpoint of step {step}{where}; it was chosen by validation, not by test.'
-        if 'val/top1' in run.final
+        if run.validated
         else f'Of the checkpoint of step {step}{where}, the last one.',
         faint=True,
       )

@@ -36,5 +36,5 @@ def write_report(
   parts = single.sections(alone, output) if alone else comparison.sections(groups, output)
   title = ', '.join(group.name for group in groups)
   page = output / pathlib.Path(run_folder.REPORT).name
-  page.write_text(markup.page(title, parts), encoding='utf-8')
+  storage.write_whole(page, markup.page(title, parts).encode())
   return page

@@ -25,8 +25,8 @@ def make_inputs(
   """Returns inputs(step, batch) -> (images, targets), for use inside of jit.
 
   The batch holds 'image' uint8 [b h w 3], 'label' int32 [b] and 'mask' float32 [b], 0 where an
-  image is missing. The images are float32 [b h w 3]; targets, [b k], sum to 1 in a row, and are 0
-  without an image.
+  image is missing. The images are float32 [b h w 3]; targets, [b k], sum to 1 in a row, less the
+  share of an image that is missing, by itself or mixed with another.
 
   Args:
     seed, mean, std, augment: of the run.

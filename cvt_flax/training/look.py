@@ -27,7 +27,7 @@ class TrainingImages(NamedTuple):
 
   Attributes:
     pixels: as the network gets them, but 0 to 255: uint8 [b h w 3].
-    targets: the share of every class, float32 [b k]; zeros where an image could not be read.
+    targets: the share of every class, float32 [b k]; an image that could not be read has none.
     class_names: of the k classes.
   """
 

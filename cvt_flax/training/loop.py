@@ -174,6 +174,8 @@ def _train(config, folder, watch):
     memory = told_of_memory('--config.batch_size', config.batch_size, training.batch_unit, also)
     with contextlib.closing(feed), memory:
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
+    if processes.is_first():  # a page of another end: a run that is stopped before its own has none
+      (folder / run_folder.REPORT).unlink(missing_ok=True)
     values = _finish(training, checkpoints, writer, signals)
     writer.flush()
     processes.wait_for_all('the last metrics are written')

@@ -141,6 +141,12 @@ def test_names_that_are_not_utf8(tmp_path):
   assert example.image == file.getvalue() and example.name == f'{tmp_path}/{odd}'
 
 
+def test_labels_that_are_not_utf8(tmp_path):
+  source = write(tmp_path / 'x.csv', 'path,label', '1,a', os.fsdecode(b'2,K\xe4se'))
+  with pytest.raises(UserError, match=r'x.csv line 3 has a label that is not UTF-8: save the list'):
+    sources.load(source, holdout=0)
+
+
 def test_home_is_expanded(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   write(tmp_path / 'x.csv', 'path,label', '1,a', '2,b')

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 
 from cvt_flax.data.sources import load
 from cvt_flax.errors import UserError
-from cvt_flax.report import figures, records, statistics
+from cvt_flax.report import figures, markup, records, single, statistics
 from cvt_flax.report.__main__ import main
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.writer import write_report
@@ -143,6 +144,21 @@ def test_names_are_text(make_run):
   names = ('<b>bold</b>', '$x^$', '"&', 'x' * 90)
   words = Page(write_report([make_run('run', names=names)])).words
   assert all(name in words for name in names)
+
+
+def test_names_that_are_not_utf8_are_text_too(make_run, monkeypatch):
+  name = os.fsdecode(b'caf\xe9.png')
+  monkeypatch.setattr(single, 'sections', lambda run, folder: [markup.paragraph(name)])
+  assert 'caf\\udce9.png' in Page(write_report([make_run('run')])).words
+
+
+def test_a_page_that_fails_leaves_the_one_before(make_run, monkeypatch):
+  page = write_report([make_run('run')])
+  before = page.read_bytes()
+  monkeypatch.setattr(single, 'sections', lambda run, folder: ['\udce9'])
+  with pytest.raises(UnicodeEncodeError):
+    write_report([page.parent.parent])
+  assert page.read_bytes() == before
 
 
 def test_many_classes_have_no_matrix(make_run):
@@ -383,8 +399,9 @@ def test_other_images_have_no_paired_test(make_run, tmp_path):
     make_run(f'c/seed-{seed}', seed=seed, hits=46 + 4 * seed, eval={'holdout': 0.2})
   words = ' '.join(Page(write_report([tmp_path / name for name in 'abc'])).words.split())
   assert (
-    'test_holdout differ: b and a, test top-1; b and a, validation top-1; c and a, val' in words
+    'as source, classes, eval.holdout or eval.test_holdout differ: b and a, test top-1' in words
   )
+  assert 'b and a, test top-1; b and a, validation top-1; c and a, val' in words
   assert 'c less a test top-1' in words and 'c less a validation' not in words
   assert 'b less a' not in words and 'c less b' not in words
 
@@ -399,6 +416,23 @@ def test_runs_of_before_a_key_was_there_are_compared(make_run, tmp_path):
   words = ' '.join(Page(write_report([tmp_path / 'a', tmp_path / 'b'])).words.split())
   for compared in ('b less a test top-1', 'b less a validation top-1', 'b against a 0'):
     assert compared in words
+
+
+def test_runs_without_validation_have_chosen_nothing(make_run):
+  a, b, c = (make_run(name) for name in 'abc')
+  for run in (b, c):
+    path = run / 'metrics.jsonl'
+    lines = map(json.loads, path.read_text().splitlines())
+    kept = [{k: v for k, v in line.items() if not k.startswith('val/')} for line in lines]
+    path.write_text(''.join(json.dumps(line) + '\n' for line in kept))
+
+  def words(*runs):
+    return ' '.join(Page(write_report(runs)).words.split())
+
+  assert 'Of the checkpoint that each run chose by validation; the' in words(a, make_run('d'))
+  assert 'chose by validation, or its last where it has none; the' in words(a, b)
+  assert 'Of the last checkpoint of each run; the' in words(b, c)
+  assert 'best checkpoint: 1' in words(a) and 'last checkpoint: 1' in words(b)
 
 
 def test_sets_of_their_own_are_compared(make_run):

@@ -93,6 +93,11 @@ def test_a_run_that_was_stopped_before_its_report_gets_it(config, tmp_path, monk
   page.write_text('kept')
   loop.run(config, folder)
   assert page.read_text() == 'kept'
+  # One of fewer epochs is not: this run, too, is stopped before its report.
+  config.epochs = 2
+  monkeypatch.setattr(loop, '_write_report', lambda folder: None)
+  loop.run(config, folder)
+  assert not page.exists()
 
 
 def test_averages_of_few_steps_are_warned_of(config, tmp_path, capsys):

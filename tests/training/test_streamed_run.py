@@ -1,6 +1,7 @@
 """Whole runs on the streaming engine, and what is scored besides."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from cvt_flax.data import sources
+from cvt_flax.data import evaluation_sets, sources
 from cvt_flax.errors import UserError, is_momentary
 from cvt_flax.training import loop
 from cvt_flax.training.config import freeze
@@ -170,6 +171,20 @@ def test_sets_are_scored_beside_the_test_split(finished, pictures, tmp_path, cap
   assert {k: v for k, v in again.items() if 'only' in k} == {
     k: v for k, v in metrics.items() if 'only' in k
   }
+
+
+def test_five_of_five_that_compete_are_no_result(finished, pictures, monkeypatch):
+  config, folder, result = finished
+  config = config.copy_and_resolve_references()
+  config.eval.sets = (f'folder:{pictures}',)
+  load = evaluation_sets.load
+
+  def of_few(source, **options):  # as if the model had other classes beside these two
+    return dataclasses.replace(load(source, **options), classes=np.ones(2, bool))
+
+  monkeypatch.setattr(evaluation_sets, 'load', of_few)
+  metrics = loop.run(config, folder, mode='eval')
+  assert metrics['tiny/top1'] == result['test/top1'] and 'tiny/top5' not in metrics
 
 
 def test_sets_that_cannot_be_told_apart_are_refused(streamed, pictures, tmp_path):
