@@ -61,6 +61,10 @@ def _seeds(group):
 
 def _results(groups):
   found = [m for m in (*_METRICS, *_of_other_sets(groups)) if any(g.finals(m[0]) for g in groups)]
+  several = any(len(group.runs) > 1 for group in groups)
+  head = ['config', 'metric', 'value']
+  if several:
+    head = ['config', 'metric', 'mean', 'deviation', 'lowest', 'highest', 'runs']
   rows = []
   for metric, name, form in found:
     for group in groups:
@@ -70,10 +74,9 @@ def _results(groups):
       mean, deviation = statistics.mean_and_deviation(values) if values else (None, None)
       ends = (min(values), max(values)) if len(values) > 1 else (None, None)
       numbers = [number(value, form) for value in (mean, deviation, *ends)]
-      rows.append([group.name, name, *numbers, number(len(values))])
+      rows.append([group.name, name, *numbers, number(len(values))][: len(head)])
   parts = []
   if rows:
-    head = ['config', 'metric', 'mean', 'deviation', 'lowest', 'highest', 'runs']
     parts.append(markup.table(head, rows))
     validated = {run.validated for group in groups for run in group.runs if run.final}
     if validated == {False}:
@@ -81,8 +84,8 @@ def _results(groups):
     else:
       chosen = 'the checkpoint that each run chose by validation'
       chosen += ', or its last where it has none' if False in validated else ''
-    words = f'Of {chosen}; the deviation is that of a sample, n - 1, over seeds.'
-    parts.append(markup.paragraph(words, faint=True))
+    deviation = '; the deviation is that of a sample, n - 1, over seeds' if several else ''
+    parts.append(markup.paragraph(f'Of {chosen}{deviation}.', faint=True))
   for group in groups:
     if group.finals('test/f1') or group.finals('val/f1'):
       positive = group.runs[0].class_names[1]

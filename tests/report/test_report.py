@@ -253,6 +253,7 @@ def test_two_runs_are_compared(make_run):
     'Curves',
     'In what the configs differ',
   ]
+  assert 'config metric value a test top-1 83.33% b test top-1 66.67%' in words
   assert 'learning_rate 0.001 0.5' in words and 'epochs' not in words.partition('configs differ')[2]
   # 10 images that only a has right: 2 / 2 ** 10, two-sided.
   assert 'b against a 0 10 0.00195 60' in words
@@ -429,9 +430,9 @@ def test_runs_without_validation_have_chosen_nothing(make_run):
   def words(*runs):
     return ' '.join(Page(write_report(runs)).words.split())
 
-  assert 'Of the checkpoint that each run chose by validation; the' in words(a, make_run('d'))
-  assert 'chose by validation, or its last where it has none; the' in words(a, b)
-  assert 'Of the last checkpoint of each run; the' in words(b, c)
+  assert 'Of the checkpoint that each run chose by validation.' in words(a, make_run('d'))
+  assert 'chose by validation, or its last where it has none.' in words(a, b)
+  assert 'Of the last checkpoint of each run.' in words(b, c)
   assert 'best checkpoint: 1' in words(a) and 'last checkpoint: 1' in words(b)
 
 
