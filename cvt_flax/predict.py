@@ -140,14 +140,14 @@ def _expand(image):
   """
   from cvt_flax.data.folder_source import IMAGE_EXTENSIONS
 
-  path = pathlib.Path(image)
+  path = pathlib.Path(image).expanduser()
   if path.is_dir():
     inside = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
     found = sorted(p for p in inside if not p.name.startswith('.'))
   elif path.exists():
     found = [path] if path.is_file() else []
   else:
-    matches = sorted(glob.glob(str(image), recursive=True))
+    matches = sorted(glob.glob(str(path), recursive=True))
     found = [p for p in map(pathlib.Path, matches) if p.is_file()]
   if not found:
     if path.is_dir():
@@ -229,7 +229,9 @@ def _show_table(prediction):
 
 
 def _write_csv(path, predictions):
-  with storage.new_path(path) as new, new.open('w', newline='', encoding='utf-8') as file:
+  # Names that are not UTF-8 keep their bytes, as a csv: source reads them.
+  form = dict(newline='', encoding='utf-8', errors='surrogateescape')
+  with storage.new_path(path) as new, new.open('w', **form) as file:
     writer = csv.writer(file)
     writer.writerow(['image', 'rank', 'class', 'name', 'probability'])
     for p in predictions:

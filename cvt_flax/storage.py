@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -23,8 +24,10 @@ def path_of(place: str | pathlib.Path) -> pathlib.Path:
   """Returns a path; in an object store it is etils.epath's, which has the same methods.
 
   Raises:
-    UserError: it is in another store, gcsfs is not installed, or the place cannot be reached.
+    UserError: it is in another store, or a pathlib.Path of one, gcsfs is not installed, or the
+      place cannot be reached.
   """
+  _check_slashes(place)
   if not is_remote(place):
     return pathlib.Path(os.path.expanduser(place))  # a shell leaves the ~ of --workdir=~/runs
   if not str(place).startswith('gs://'):
@@ -38,6 +41,11 @@ def path_of(place: str | pathlib.Path) -> pathlib.Path:
   except Exception as e:  # of the network, of credentials, of the store
     raise UserError(f'{place} cannot be reached: {" ".join(str(e).split())[:300]}') from e
   return path
+
+
+def _check_slashes(place):
+  if re.match(r'[a-z][a-z0-9]+:/[^/]', str(place)):
+    raise UserError(f"{place}: give 'gs://BUCKET/FOLDER' as a str; pathlib drops a slash of it")
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
@@ -56,11 +64,14 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     path.write_bytes(data)
     return
   temporary = _temporary(path)
-  with temporary.open('wb') as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())  # or, after a power cut, the name may be there without the bytes
-  os.replace(temporary, path)
+  try:
+    with temporary.open('wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())  # or, after a power cut, the name may be there without the bytes
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)  # of a disk that is full
 
 
 def is_free(folder: pathlib.Path) -> bool:
@@ -95,6 +106,7 @@ def local_path(place: str | pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: it is in an object store, where nothing is renamed.
   """
+  _check_slashes(place)
   if is_remote(place):
     raise UserError(f'{place}: a place on this machine is needed; copy it from there')
   return pathlib.Path(os.path.expanduser(place))

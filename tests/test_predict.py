@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import re
 import signal
@@ -288,6 +289,20 @@ def test_csv(weights, capsys, tmp_path):
   assert [int(row['class']) for row in rows[:2]] == list(found.classes)
   with pytest.raises(UserError, match=r'p\.csv exists'):
     main(capsys, *arguments)
+
+
+def test_names_that_are_not_utf8(weights, capsys, tmp_path):
+  image = tmp_path / os.fsdecode(b'caf\xe9.jpg')
+  image.write_bytes(CHINA.read_bytes())
+  main(capsys, f'--weights={weights}', str(image), '--top=1', f'--csv={tmp_path}/p.csv')
+  assert b'/caf\xe9.jpg,1,' in (tmp_path / 'p.csv').read_bytes()
+
+
+def test_a_home(weights, monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'a.jpg').write_bytes(CHINA.read_bytes())
+  for image in ('~/a.jpg', '~/*.jpg', pathlib.Path('~')):
+    assert [p.image for p in predict_images(weights, [image])] == [f'{tmp_path}/a.jpg']
 
 
 @pytest.mark.parametrize('form', ['--json', '--csv', ''])

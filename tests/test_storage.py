@@ -1,5 +1,6 @@
 """Files and folders that are there when they are whole."""
 
+import os
 import pathlib
 
 import pytest
@@ -51,6 +52,26 @@ def test_nothing_is_written_over(tmp_path):
 def test_an_object_store_is_not_written_to_as_a_folder(place):
   with pytest.raises(UserError, match=f'^{place}: a place on this machine is needed'):
     storage.local_path(place)
+
+
+def test_a_store_is_told_from_a_folder():
+  with pytest.raises(UserError, match="^gs:/bucket/x: give 'gs://BUCKET/FOLDER' as a str"):
+    storage.path_of(pathlib.Path('gs://bucket/x'))
+  with pytest.raises(UserError, match='as a str; pathlib drops'):
+    storage.local_path(pathlib.Path('s3://bucket/x'))
+  assert storage.path_of('a:/b') == pathlib.Path('a:/b')
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+  def full(_):
+    raise OSError(28, 'No space left on device')
+
+  storage.write_whole(tmp_path / 'x', b'before')
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='No space'):
+    storage.write_whole(tmp_path / 'x', b'after')
+  assert [p.name for p in tmp_path.iterdir()] == ['x']
+  assert (tmp_path / 'x').read_bytes() == b'before'
 
 
 def test_an_empty_folder_is_filled(tmp_path):

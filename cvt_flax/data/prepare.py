@@ -93,6 +93,12 @@ def prepare(
   run = functools.partial(_in_threads, progress) if beam is None else _on_beam(beam)
   dataset = sources.load(source, holdout=0)
   _check_class_names(dataset.class_names)
+  if dataset.repeats and (dataset.validation is None or dataset.test is None):
+    raise UserError(
+      f'{source} has {dataset.repeats} images again, and of {name} it could not be told any more: '
+      'what is held out might be trained on, too. List each once, or give splits of your own to '
+      'validate and to test on'
+    )
   # Absolute, as Beam's workers may stand elsewhere.
   folder = os.path.join(os.path.abspath(root), name, _VERSION)
   try:

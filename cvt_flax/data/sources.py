@@ -92,6 +92,21 @@ def load(
   return dataset
 
 
+def are_same(a: str, b: str) -> bool:
+  """Whether two sources are the same data, whichever way their paths are written.
+
+  Versions of a TFDS data set count as the same: their images mostly are.
+  """
+  return _plain(a) == _plain(b)
+
+
+def _plain(source: str) -> tuple[str, str]:
+  kind, _, where = source.partition(':')
+  if kind == 'tfds':
+    return kind, where.partition(':')[0]
+  return kind, os.path.realpath(os.path.expanduser(where))
+
+
 def extent(source: str, *, data_dir: str = '', **holding_out) -> tuple[int, int]:
   """Returns how many classes a source has, and how many images to train on.
 

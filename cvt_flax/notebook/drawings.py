@@ -46,14 +46,13 @@ def draw_attention(
     UserError: weights or a picture cannot be read, or no picture is given.
   """
   paths = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
+  paths = [pathlib.Path(path).expanduser() for path in paths]
   if not paths:
     raise UserError('no picture is given')
   if not isinstance(weights, Weights):
     weights = pretrained.load(weights)
   steps = weights.description.preprocessing
-  pixels = np.stack(
-    [images.read(path, steps.image_size, steps.crop_ratio) for path in map(pathlib.Path, paths)]
-  )
+  pixels = np.stack([images.read(path, steps.image_size, steps.crop_ratio) for path in paths])
   found = [a for a in pictures.attended(weights, pixels) if not a.single]
   shown, captions = [], []
   for i, image in enumerate(pixels):

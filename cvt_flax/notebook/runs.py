@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cvt_flax import storage
 from cvt_flax.errors import UserError, nearest
 from cvt_flax.notebook.drawings import on_white
 from cvt_flax.report import figures
@@ -81,7 +83,7 @@ def show_report(folder: str | pathlib.Path, *names: str) -> Image.Image:
   Raises:
     UserError: there is no such figure.
   """
-  report = pathlib.Path(folder, 'report')
+  report = storage.local_path(folder) / 'report'
   known = sorted(p.stem for p in report.glob('*.png') if not p.stem.endswith('-dark'))
   if not known:
     raise UserError(f'{report} holds no figures: python -m cvt_flax.report {folder} draws them')
@@ -130,7 +132,8 @@ def trace_steps(folder: str | pathlib.Path) -> Iterator[Callable[[dict], None]]:
     if traced == 'not yet':
       options = jax.profiler.ProfileOptions()
       options.python_tracer_level = 0  # every call of Python: much, and it says little
-      jax.profiler.start_trace(str(folder), profiler_options=options, create_perfetto_trace=True)
+      place = os.path.expanduser(folder)
+      jax.profiler.start_trace(place, profiler_options=options, create_perfetto_trace=True)
       traced = 'now'
     elif traced == 'now':
       jax.profiler.stop_trace()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cvt_flax.data.sources import are_same
 from cvt_flax.report import figures, markup, records, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
@@ -36,8 +37,9 @@ _METRICS = (
   ('val/loss', 'validation loss', '.4f'),
 )
 _TESTED = 'test/top1', 'val/top1'
-# The keys that say which images a split has, and what they are where an older run has none.
-_OF_TEST = {'source': '', 'eval.test_holdout': 0.0}
+# The keys that say which images of its source a split has, and what they are where an older run
+# has none.
+_OF_TEST = {'eval.test_holdout': 0.0}
 _IMAGES = {'test': _OF_TEST, 'val': _OF_TEST | {'eval.holdout': 0.1}}
 
 
@@ -180,8 +182,11 @@ def _paired_tests(groups):
 def _same_images(a: Run, b: Run, split: str) -> bool:
   """Whether two runs of a seed have the same images in a split, as far as their configs say."""
   keys = _IMAGES[split].items()
-  same = all(a.config.get(key, default) == b.config.get(key, default) for key, default in keys)
-  return same and a.class_names == b.class_names
+  return (
+    are_same(a.config['source'], b.config['source'])
+    and all(a.config.get(key, default) == b.config.get(key, default) for key, default in keys)
+    and a.class_names == b.class_names
+  )
 
 
 def _mcnemar(groups):

@@ -372,8 +372,7 @@ def _evaluate_run(config, folder):
     if step is None:
       raise UserError(f'{folder} holds no checkpoint yet')
     variables = context.restore_best(checkpoints)
-    elsewhere = config.source != context.saved.config.source
-    values = _evaluate_all(context, variables, signals, elsewhere)
+    values = _evaluate_all(context, variables, signals, context.elsewhere)
     return summary.tell_result(context, values | {'checkpoint': step})
 
 

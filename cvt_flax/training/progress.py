@@ -51,8 +51,8 @@ class Progress:
     """Counts one finished step, unless the clock stands still."""
     now = time.perf_counter()
     if self._last is not None:
-      for name in ('_seconds', '_all_seconds'):
-        setattr(self, name, getattr(self, name) + now - self._last)
+      self._seconds += now - self._last
+      self._all_seconds += now - self._last
       self._steps += 1
       self._all_steps += 1
       self._last = now

@@ -63,12 +63,15 @@ class Setup:
     self.unbegun = None  # a run that came to nothing, whose folder another may have
     if self.saved and not evaluation and not experiment.has_begun(folder):
       self.saved, self.unbegun = None, self.saved
+    # Whether other data than the run's is evaluated.
+    saved = self.saved
+    self.elsewhere = bool(saved) and not sources.are_same(config.source, saved.config.source)
     # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout, train_share = (0.0, 1.0) if weights else (config.eval.holdout, config.train_share)
     test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)
-      if config.source != self.saved.config.source:
+      if self.elsewhere:
         # Nothing of it was trained on: all can be evaluated.
         holdout, test_holdout, train_share = 0.0, 0.0, 1.0
     self.dataset = sources.load(
@@ -92,7 +95,7 @@ class Setup:
         )
     if self.saved:
       experiment.check_classes(folder, self.saved, config.source, self.dataset.class_names)
-      if evaluation and config.source == self.saved.config.source:
+      if evaluation and not self.elsewhere:
         experiment.check_held_out(folder, self.saved, self.dataset)
     logits = num_logits(config, len(self.dataset.class_names))
     self.model = build_model(config.model, logits, config.image_size)
@@ -109,8 +112,9 @@ class Setup:
     only_train = (data.test is None or data.held_out_test.size) and (
       data.validation is None or data.held_out.size
     )
-    if config.source in config.eval.sets and only_train and not weights:
-      raise UserError(f'eval.sets: {config.source} has no images but those that are trained on')
+    own = [each for each in config.eval.sets if sources.are_same(each, config.source)]
+    if own and only_train and not weights:
+      raise UserError(f'eval.sets: {own[0]} has no images but those that are trained on')
     for name in names:
       if name in ('all', 'train', 'val', 'test') or names.count(name) > 1:
         raise UserError(f'eval.sets={config.eval.sets!r}: {name!r} names other metrics as well')

@@ -26,11 +26,13 @@ def download(name: str) -> pathlib.Path:
       try:
         path = huggingface_hub.hf_hub_download(repository, file, revision=revision or None)
         found = pathlib.Path(path).parent
-      except errors.LocalEntryNotFoundError:  # not in the cache, and out of reach
-        raise
+      except errors.LocalEntryNotFoundError:  # out of reach; the cache may know that there is none
+        known = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if file == CONFIG or known is not huggingface_hub._CACHED_NO_EXIST:
+          raise
       except errors.EntryNotFoundError:  # there, and without such a file
         if file == CONFIG:
           raise
-  except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+  except Exception as e:  # of the name, of the hub, of the network
     raise UserError(f'hf:{name}: {" ".join(str(e).split())[:300]}') from e
   return found

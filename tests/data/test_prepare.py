@@ -4,6 +4,7 @@ Those with Apache Beam run where it is installed: `.ci/run` has an environment f
 """
 
 import importlib.util
+import os
 import pathlib
 import resource
 import subprocess
@@ -165,11 +166,19 @@ def test_what_cannot_be_prepared(folder, tmp_path, source, name, message):
   assert not (tmp_path / 'tfds').exists()
 
 
-@pytest.mark.parametrize('label', ['an\nt', 'an\x0bt', '"a', 'ant\udc80'])
+def test_images_that_are_listed_again(folder, tmp_path):
+  rows = [f'{folder}/train/{kind}/0.JPEG,{kind}' for kind in ('ant', 'bee', 'bee')]
+  (tmp_path / 'x.csv').write_text('\n'.join(['path,label', *rows, '']))
+  found = error_of(prepare.prepare, f'csv:{tmp_path}/x.csv', 'a', data_dir=str(tmp_path / 'tfds'))
+  assert found.startswith(f'csv:{tmp_path}/x.csv has 1 images again, and of a it could not be told')
+  assert not (tmp_path / 'tfds').exists()
+
+
+@pytest.mark.parametrize('label', ['an\nt', 'an\x0bt', '"a'])
 def test_class_names_that_tfds_does_not_keep(folder, tmp_path, label):
   quoted = label.replace('"', '""')
   text = f'path,label\nset/val/ant/x.JPEG,"{quoted}"\nset/val/bee/y.JPEG,bee\n'
-  (tmp_path / 'list.csv').write_text(text, errors='surrogateescape')
+  (tmp_path / 'list.csv').write_text(text)
   source = f'csv:{tmp_path}/list.csv'
   if label == '"a':
     prepare.prepare(source, 'odd', data_dir=str(tmp_path))
@@ -178,6 +187,13 @@ def test_class_names_that_tfds_does_not_keep(folder, tmp_path, label):
   else:
     message = error_of(prepare.prepare, source, 'odd', data_dir=str(tmp_path))
     assert message.startswith(f'class name {label!r} cannot be written: TFDS keeps class names')
+
+
+def test_a_class_of_a_folder_that_is_not_utf8(folder, tmp_path):
+  for split in ('train', 'val'):
+    (folder / split / 'ant').rename(folder / split / os.fsdecode(b'caf\xe9'))
+  message = error_of(prepare.prepare, f'folder:{folder}', 'odd', data_dir=str(tmp_path))
+  assert message.startswith(r"class name 'caf\udce9' cannot be written: TFDS keeps class names")
 
 
 def test_a_class_name_that_begins_with_a_space(folder, tmp_path):

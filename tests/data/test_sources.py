@@ -282,6 +282,24 @@ def test_digits_are_scaled_and_enlarged():
   assert seen == grey
 
 
+@pytest.mark.parametrize(
+  ('a', 'b', 'same'),
+  [
+    ('folder:x', 'folder:x/', True),
+    ('folder:x', 'folder:{cwd}/y/../x', True),
+    ('csv:~/x.csv', 'csv:{home}/x.csv', True),
+    ('folder:x', 'csv:x', False),
+    ('folder:x', 'folder:x/train', False),
+    ('tfds:a', 'tfds:a:1.0.0', True),
+    ('tfds:a/small', 'tfds:a', False),
+    ('digits', 'digits', True),
+  ],
+)
+def test_sources_that_are_the_same(a, b, same):
+  b = b.format(cwd=os.getcwd(), home=os.path.expanduser('~'))
+  assert sources.are_same(a, b) == same
+
+
 def test_digits_are_split_the_same_for_every_seed_and_version():
   digests = set()
   for seed in (0, 1):

@@ -173,6 +173,19 @@ def test_sets_are_scored_beside_the_test_split(finished, pictures, tmp_path, cap
   }
 
 
+def test_a_run_knows_its_own_data_however_it_is_called(finished, pictures, tmp_path, capsys):
+  config, folder, result = finished
+  config = config.copy_and_resolve_references()
+  config.source = f'folder:{os.path.relpath(pictures)}/'
+  metrics = loop.run(config, folder, mode='eval')
+  assert metrics['val/images'] == 10 and metrics['test/top1'] == result['test/top1']
+  assert 'all/top1' not in metrics
+  flat = shutil.copytree(pictures / 'train', tmp_path / 'flat')
+  config.source, config.eval.sets = f'folder:{flat}', (f'folder:{flat}/',)
+  with pytest.raises(UserError, match='flat/ has no images but those that are trained on'):
+    loop.run(config, tmp_path / 'run')
+
+
 def test_five_of_five_that_compete_are_no_result(finished, pictures, monkeypatch):
   config, folder, result = finished
   config = config.copy_and_resolve_references()

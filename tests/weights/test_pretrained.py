@@ -423,9 +423,16 @@ class Hub(types.ModuleType):
   def __init__(self, folder):
     super().__init__('huggingface_hub')
     self.folder, self.fetched, self.out_of_reach = folder, [], ''
+    self.known_to_lack, self.broken = (), None
+    self._CACHED_NO_EXIST = object()
+
+  def try_to_load_from_cache(self, name, file, revision):
+    return self._CACHED_NO_EXIST if file in self.known_to_lack else None
 
   def hf_hub_download(self, name, file, revision):
     self.revision = revision
+    if self.broken:
+      raise self.broken
     if name != 'someone/cvt':
       raise self.errors.RepositoryNotFoundError(f'404: no {name}')
     if file == self.out_of_reach:
@@ -468,6 +475,22 @@ def test_not_on_the_hub(hub):
 def test_a_file_out_of_reach_is_not_taken_for_one_that_is_not_there(file, hub):
   hub.out_of_reach = file
   with pytest.raises(UserError, match='^hf:someone/cvt: not in the cache'):
+    pretrained.load('hf:someone/cvt')
+
+
+def test_the_cache_knows_what_is_not_there(hub):
+  hub.out_of_reach = 'preprocessor_config.json'
+  hub.known_to_lack = (hub.out_of_reach,)
+  assert pretrained.load('hf:someone/cvt').kind == 'huggingface'
+  hub.out_of_reach = 'config.json'
+  hub.known_to_lack = (hub.out_of_reach,)
+  with pytest.raises(UserError, match='^hf:someone/cvt: not in the cache'):
+    pretrained.load('hf:someone/cvt')
+
+
+def test_a_connection_that_breaks(hub):
+  hub.broken = RuntimeError('the read\ntimed out')  # a class of its HTTP client's, no OSError
+  with pytest.raises(UserError, match='^hf:someone/cvt: the read timed out$'):
     pretrained.load('hf:someone/cvt')
 
 
