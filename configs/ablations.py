@@ -1,4 +1,4 @@
-"""The paper's ablations (its tables 5 to 7, made on ImageNet), on CIFAR-10 in small.
+"""The paper's ablations (its tables 5 to 8, made on ImageNet), on CIFAR-10 in small.
 
   python train.py --config=configs/ablations.py:base --config.seeds=3
   python train.py --config=configs/ablations.py:linear --config.seeds=3
