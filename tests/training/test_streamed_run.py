@@ -173,7 +173,7 @@ def test_sets_are_scored_beside_the_test_split(finished, pictures, tmp_path, cap
   }
 
 
-def test_a_run_knows_its_own_data_however_it_is_called(finished, pictures, tmp_path, capsys):
+def test_a_run_knows_its_own_data_however_it_is_called(finished, pictures, tmp_path):
   config, folder, result = finished
   config = config.copy_and_resolve_references()
   config.source = f'folder:{os.path.relpath(pictures)}/'
