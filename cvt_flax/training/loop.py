@@ -133,11 +133,13 @@ def _train(config, folder, watch):
   with contextlib.ExitStack() as stack:
     if processes.is_first():
       locked = stack.enter_context(experiment.only_one(folder))
-      if training.unbegun:
-        if not locked or experiment.has_begun(folder):  # another may be, or was, at its first steps
-          experiment.check_config(folder, training.unbegun.config, config, evaluation=False)
-        print(f'{folder} holds a run that came to no checkpoint; it begins anew')
       if not training.saved:
+        # Once more, under the lock: another process may be, or was, at its first steps.
+        found, begun = experiment.read(folder), experiment.has_begun(folder)
+        if found and (begun or not locked):
+          experiment.check_config(folder, found.config, config, evaluation=False)
+        if found and not begun:
+          print(f'{folder} holds a run that came to no checkpoint; it begins anew')
         training.write_experiment()
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.checkpoint.keep)
     stack.callback(checkpoints.close)

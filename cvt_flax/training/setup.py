@@ -60,14 +60,18 @@ class Setup:
     self.saved = None if weights else experiment.read(folder)
     if not weights:
       experiment.check_folder(folder, self.saved is not None, evaluation)
-    self.unbegun = None  # a run that came to nothing, whose folder another may have
     if self.saved and not evaluation and not experiment.has_begun(folder):
-      self.saved, self.unbegun = None, self.saved
+      self.saved = None  # it came to nothing: another may have its folder
     # Whether other data than the run's is evaluated.
     saved = self.saved
     self.elsewhere = bool(saved) and not sources.are_same(config.source, saved.config.source)
     # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout, train_share = (0.0, 1.0) if weights else (config.eval.holdout, config.train_share)
+    if weights and config.eval.holdout not in (0.0, EvalConfig().holdout):
+      print(
+        f'eval.holdout={config.eval.holdout} has no effect: what {config.init_from} was trained on '
+        'is not known'
+      )
     test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)

@@ -244,13 +244,15 @@ def test_a_run_folder_is_as_good_as_a_file(config, trained, tmp_path, capsys):
   assert weights.description.class_names == ('0', '1')
   assert weights.description.preprocessing == Preprocessing(8, 1.0)
 
-  config.init_from = str(folder)
+  config.init_from, config.eval.holdout = str(folder), 0.2
   found = loop.run(config, tmp_path / 'nothing', mode='eval')
+  config.eval.holdout = 0.1
   assert not (tmp_path / 'nothing').exists()
   assert found['test/top1'] == result['test/top1']
   assert found['test/loss'] == pytest.approx(result['test/loss'], rel=1e-6)
   assert 'val/top1' not in found  # what it was validated with is part of train
-  assert '(these weights)' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert '(these weights)' in said and 'eval.holdout=0.2 has no effect' in said
 
   config.epochs = 1
   config.learning_rate = 0.0

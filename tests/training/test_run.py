@@ -66,8 +66,10 @@ def test_a_finished_run_is_left_alone(trained, capsys):
   assert (folder / 'metrics.jsonl').read_bytes() == before
 
 
-def test_evaluation_of_a_run_gives_what_training_reported(trained):
-  config, folder, result = trained
+def test_evaluation_of_a_run_gives_what_training_reported(trained, copy):
+  config, _, result = trained
+  # In the copy, as Orbax, when a run is opened to go on, clears up beside what is done then.
+  folder = copy
   unfinished = folder / 'checkpoints' / '99.orbax-checkpoint-tmp'
   unfinished.mkdir()  # of a process that is still training
   metrics = loop.run(config, folder, mode='eval')
@@ -419,6 +421,23 @@ def test_a_run_that_another_process_has_begun_meanwhile_is_kept(
   config.batch_size = 32
   with pytest.raises(UserError, match='holds a run of another config .batch_size 16 -> 32'):
     loop.run(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'experiment.json').read_bytes() == before
+
+
+def test_a_run_that_another_process_began_in_a_new_folder_meanwhile_is_kept(
+  trained, config, tmp_path, monkeypatch
+):
+  only_one = experiment.only_one
+
+  def after_another(folder):
+    shutil.copytree(trained[1], folder)
+    return only_one(folder)
+
+  monkeypatch.setattr(experiment, 'only_one', after_another)
+  config.batch_size = 32
+  with pytest.raises(UserError, match='holds a run of another config .batch_size 16 -> 32'):
+    loop.run(config, tmp_path / 'run')
+  before = (trained[1] / 'experiment.json').read_bytes()
   assert (tmp_path / 'run' / 'experiment.json').read_bytes() == before
 
 
