@@ -7,7 +7,7 @@ configs/pretrained/cct_7-3x1_cifar10_300epochs.yml. The rates, the epochs, the b
 are of that file; drop path and attention dropout of its src/cct.py. In place of timm's RandAugment
 and of crops of 80 to 100 % of the area this has TrivialAugment and a padded crop, which are made on
 the device. Mixing does not stop after 175 epochs, and there are no ten epochs more at the lowest
-rate.
+rate. Parameters are not averaged, as theirs are not.
 """
 
 from cvt_flax.training.recipes import cifar

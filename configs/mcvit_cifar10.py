@@ -8,6 +8,8 @@ images after 100 epochs: AdamW at a constant 0.01, weight decay 0.01, batches of
 random crops, and the test images scored after every epoch. Here the rate warms up and falls with a
 cosine, the parameters are averaged, and held-out training images choose the checkpoint that the
 test images are scored with. A network this small underfits, so there is little regularisation.
+
+On a GPU an epoch may be over before its checkpoint is written: --config.eval.every_epochs=5.
 """
 
 from cvt_flax.training.recipes import compact_vit

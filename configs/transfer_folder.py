@@ -1,15 +1,15 @@
 r"""CvT-13 from weights to your own classes, at 224x224: all of it, or a new head alone.
 
   python train.py --config=configs/transfer_folder.py --config.source=folder:DIR \
-    --config.init_from=WEIGHTS
+    --config.init_from=WEIGHTS --config.eval.test_holdout=0.3
   python train.py --config=configs/transfer_folder.py:frozen --config.source=folder:DIR \
     --config.init_from=WEIGHTS --config.eval.test_holdout=0.3
 
-DIR/CLASS/image.jpg, or DIR/train/CLASS/image.jpg with DIR/val and DIR/test. Without a test split
-eval.test_holdout keeps a part of train to test on; without a validation split a tenth of the rest
-is held out. WEIGHTS are a .pth file, a folder of weights, hf:NAME or a run folder; by default those
-that configs/cvt13_imagenet.py trains. Another network than CvT-13 is --config.model.name=NAME; one
-for small images wants --config.image_size=64 as well.
+DIR/CLASS/image.jpg, for which eval.test_holdout keeps 30 % to test on; or
+DIR/train/CLASS/image.jpg with DIR/val and DIR/test, where it is left out. Without a validation
+split a tenth of the rest is held out. WEIGHTS are a .pth file, a folder of weights, hf:NAME or a
+run folder; by default those that configs/cvt13_imagenet.py trains. Another network than CvT-13 is
+--config.model.name=NAME; one for small images wants --config.image_size=64 as well.
 
 The variants are full, which trains everything, and frozen, which trains the head: the backbone
 stays as it is byte for byte, the running statistics of its batch norms included. In between are

@@ -1,6 +1,6 @@
 """Compact vision transformers: one transformer over patches, or over a few convolutions' pixels.
 
-Two code bases have them, and both can be had here to the last number:
+Two code bases have them, and both can be had here, to the last number that they describe:
 
 * c-ViT, of github.com/tintn/vision-transformer-from-scratch (vit.py), a ViT
   (https://arxiv.org/abs/2010.11929) for 32x32 pixels with a class token, and mc-ViT, the same with

@@ -12,7 +12,7 @@ from cvt_flax.data.sources import are_same
 from cvt_flax.report import figures, markup, records, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
-from cvt_flax.report.plots import SHARES, Plots
+from cvt_flax.report.plots import SHARES, SPLITS, Plots, is_curve
 from cvt_flax.report.records import Group, Run
 
 _CURVES = (
@@ -24,12 +24,14 @@ _CURVES = (
 )
 _METRICS = (
   ('test/top1', 'test top-1', '.2%'),
+  ('test/majority', 'test, most frequent class alone', '.2%'),
   ('test/top5', 'test top-5', '.2%'),
   ('test/balanced_accuracy', 'test balanced accuracy', '.2%'),
   ('test/f1', 'test F1', '.2%'),
   ('test/auc', 'test AUC', '.2%'),
   ('test/loss', 'test loss', '.4f'),
   ('val/top1', 'validation top-1', '.2%'),
+  ('val/majority', 'validation, most frequent class alone', '.2%'),
   ('val/top5', 'validation top-5', '.2%'),
   ('val/balanced_accuracy', 'validation balanced accuracy', '.2%'),
   ('val/f1', 'validation F1', '.2%'),
@@ -62,7 +64,12 @@ def _seeds(group):
 
 
 def _results(groups):
-  found = [m for m in (*_METRICS, *_of_other_sets(groups)) if any(g.finals(m[0]) for g in groups)]
+  even = not any(len(run.class_names) == 2 or run.uneven for g in groups for run in g.runs)
+  found = [
+    m
+    for m in (*_METRICS, *_of_other_sets(groups))
+    if any(g.finals(m[0]) for g in groups) and not (even and m[0].endswith('/majority'))
+  ]
   several = any(len(group.runs) > 1 for group in groups)
   head = ['config', 'metric', 'value']
   if several:
@@ -96,6 +103,13 @@ def _results(groups):
           f'{group.name}: F1 and AUC are of {positive!r} against the other.', faint=True
         )
       )
+  parts += [
+    markup.paragraph(f'{run.folder}, {SPLITS.get(split, split)}: {warning}.')
+    for group in groups
+    for run in group.runs
+    for split, metrics in run.evaluations().items()
+    if (warning := records.alarm(metrics, run.class_names))
+  ]
   unfinished = [str(run.folder) for group in groups for run in group.runs if not run.final]
   if unfinished:
     parts.append(markup.paragraph(f'Not finished, and not counted: {", ".join(unfinished)}.'))
@@ -248,10 +262,10 @@ def _curves(groups, plots):
         if x:
           drawn.append(Line(label, x, y, color, style))
           label = ''  # one line of a group is named
-    if drawn:
+    if is_curve(drawn):
       parts.append(plots(name, title, figures.lines, drawn, percent=percent))
   if not parts:
-    return markup.section('Curves', markup.paragraph('No run has written any metric yet.'))
+    return markup.section('Curves', markup.paragraph('No metric has two points yet.'))
   return markup.section('Curves', markup.grid(parts))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from cvt_flax.report import figures, markup
 from cvt_flax.report.figures import Line
@@ -32,6 +33,11 @@ class Plots:
       written.append(figures.png(figure))
       (self.folder / f'{name}{ending}.png').write_bytes(written[-1])
     return written
+
+
+def is_curve(drawn: Sequence[Line]) -> bool:
+  """Whether lines show how something goes; a point alone says less than the tables do."""
+  return any(len(line.x) > 1 for line in drawn)
 
 
 def curves(run: Run, metric: str) -> list[Line]:

@@ -99,6 +99,20 @@ class Run:
       return None
     return self.final.get(metric)
 
+  def evaluations(self) -> dict[str, dict]:
+    """Returns the metrics of `final` by split, {'test': {'top1': 0.9, ...}, 'val': ...}."""
+    found = {}
+    for key, value in self.final.items():
+      split, slash, name = key.partition('/')
+      if slash:
+        found.setdefault(split, {})[name] = value
+    return found
+
+  @property
+  def uneven(self) -> bool:
+    """Whether top-1 says little of rare classes, as `are_uneven`, on a split at least."""
+    return any(map(are_uneven, self.evaluations().values()))
+
   @property
   def validated(self) -> bool:
     """Whether validation images chose the checkpoint of `final`; otherwise it is the last one."""
@@ -201,6 +215,22 @@ def are_uneven(metrics: Mapping) -> bool:
     return False
   classes = sum(share is not None for share in metrics['per_class'])
   return metrics['majority'] * classes > 1.5
+
+
+def alarm(metrics: Mapping, class_names: Sequence[str]) -> str:
+  """Returns what to say when all images were taken for one class and are not of one; else ''.
+
+  Args:
+    metrics: of an evaluation; 'predicted', the images taken for each class, and 'per_class'.
+    class_names: of the classes.
+  """
+  classes = np.flatnonzero(metrics.get('predicted', ()))
+  if len(classes) != 1 or sum(share is not None for share in metrics['per_class']) < 2:
+    return ''
+  return (
+    f'WARNING: all {metrics["images"]:,} images are taken for {class_names[classes[0]]!r}, and '
+    'they are of several classes'
+  )
 
 
 def is_of_seed(folder: pathlib.Path) -> bool:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from cvt_flax.report import figures, markup, shown, statistics
+from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
-from cvt_flax.report.plots import SHARES, SPLITS, Plots, curves
+from cvt_flax.report.plots import SHARES, SPLITS, Plots, curves, is_curve
 from cvt_flax.report.predictions import Predictions
-from cvt_flax.report.records import Run, are_uneven
+from cvt_flax.report.records import Run, alarm
 from cvt_flax.weights import run_folder
 
 # Metrics of two classes, as training.evaluate names them.
@@ -90,18 +91,18 @@ def _curves(run, plots):
   parts = []
   for metric, title, percent in (('loss', 'Loss', False), ('top1', 'Top-1 accuracy', True)):
     drawn = curves(run, metric)
-    if drawn:
+    if is_curve(drawn):
       name = 'loss' if metric == 'loss' else 'accuracy'
       parts.append(plots(name, title, figures.lines, drawn, percent=percent))
   for metric, name, title in (
     ('train/learning_rate', 'learning_rate', 'Learning rate'),
     ('train/images_per_sec', 'throughput', 'Training images a second'),
   ):
-    x, y = run.curve(metric)
-    if x:
-      parts.append(plots(name, title, figures.lines, [figures.Line('', x, y, 0)]))
+    drawn = [Line('', *run.curve(metric), 0)]
+    if is_curve(drawn):
+      parts.append(plots(name, title, figures.lines, drawn))
   if not parts:
-    return markup.section('Curves', markup.paragraph('The run has not written any metric yet.'))
+    return markup.section('Curves', markup.paragraph('No metric has two points yet.'))
   note = markup.paragraph(
     'Training values are means over the steps since the point before, of augmented images and by '
     'weights that move on; one over less than half as many steps is not drawn. Validation and test '
@@ -112,18 +113,13 @@ def _curves(run, plots):
 
 
 def _results(run):
-  splits = dict.fromkeys(key.partition('/')[0] for key in run.final if '/' in key)
+  splits = run.evaluations()
   shares = {
     key: words
     for key, words in SHARES.items()
     if any(run.score(f'{split}/{key}') is not None for split in splits)
   }
-  names = ('majority', 'per_class')
-  evaluations = (
-    {name: run.final[key] for name in names if (key := f'{split}/{name}') in run.final}
-    for split in splits
-  )
-  if len(run.class_names) > 2 and any(map(are_uneven, evaluations)):
+  if len(run.class_names) > 2 and run.uneven:
     shares |= _UNEVEN_CLASSES
   rows = []
   for split in splits:
@@ -151,6 +147,9 @@ def _results(run):
     parts.append(
       markup.paragraph('There are none yet: the run has not evaluated its best weights.')
     )
+  for split, metrics in splits.items():
+    if warning := alarm(metrics, run.class_names):
+      parts.append(markup.paragraph(f'{SPLITS.get(split, split)}: {warning}.'))
   p = run.predictions
   if p is not None and len(run.class_names) == 2:
     positive = run.class_names[1]

@@ -16,7 +16,7 @@ import ml_collections
 from cvt_flax import storage
 from cvt_flax.errors import Diverged, UserError, told_of_memory
 from cvt_flax.report.predictions import ARRAYS, Predictions
-from cvt_flax.report.records import SEED_FOLDER
+from cvt_flax.report.records import SEED_FOLDER, alarm
 from cvt_flax.training import experiment, processes, summary
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
@@ -270,7 +270,7 @@ def _take_steps(training, state, start, feed, checkpoints, writer, signals):
     epoch, rest = divmod(step, training.steps_per_epoch)
     when = f'step {step}' if rest else f'epoch {epoch}'
     progress.say(f'{when}  validation: {summary.metrics_line(metrics, names)}')
-    if warning := summary.alarm(metrics, names):
+    if warning := alarm(metrics, names):
       progress.say(warning)
     save(step, metrics['top1'])
     return True

@@ -6,10 +6,9 @@ import typing
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from cvt_flax.models.geometry import multiply_adds
-from cvt_flax.report.records import are_uneven
+from cvt_flax.report.records import alarm, are_uneven
 from cvt_flax.training import sharding
 
 if typing.TYPE_CHECKING:
@@ -85,20 +84,6 @@ def metrics_line(metrics: dict, class_names: Sequence[str]) -> str:
     f'{word} {"-" if metrics[name] is None else format(metrics[name], ".4f")}'
     for name, word in words.items()
     if name in metrics  # images with several labels have no loss
-  )
-
-
-def alarm(metrics: dict, class_names: Sequence[str]) -> str:
-  """Returns what to say when all images were taken for one class and are not of one; else ''.
-
-  The arguments are those of `metrics_line`.
-  """
-  classes = np.flatnonzero(metrics.get('predicted', ()))
-  if len(classes) != 1 or sum(share is not None for share in metrics['per_class']) < 2:
-    return ''
-  return (
-    f'WARNING: all {metrics["images"]:,} images are taken for {class_names[classes[0]]!r}, and '
-    'they are of several classes'
   )
 
 

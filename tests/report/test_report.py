@@ -323,6 +323,30 @@ def test_uneven_classes_have_numbers_of_their_own(make_run):
   words = ' '.join(Page(write_report([uneven])).words.split())
   assert 'most frequent class alone balanced accuracy' in words and '62.00% 71.00%' in words
 
+  words = ' '.join(Page(write_report([even, uneven])).words.split())
+  assert 'uneven test, most frequent class alone 62.00%' in words
+  other = add(make_run('other'), majority=0.34, per_class=[0.7] * 3)
+  assert 'most frequent' not in Page(write_report([even, other])).words
+
+
+def test_a_run_that_takes_all_images_for_one_class_says_so(make_run):
+  constant = make_run('constant', names=('cat', 'dog'))
+  add(constant, majority=0.9, predicted=[60, 0], per_class=[1.0, 0.0])
+  for folders in ([constant], [constant, make_run('other', names=('cat', 'dog'))]):
+    words = ' '.join(Page(write_report(folders)).words.split())
+    assert "test: WARNING: all 60 images are taken for 'cat', and" in words
+    assert '90.00%' in words
+
+
+def test_a_curve_is_of_more_than_one_point(make_run):
+  run = make_run('short')
+  assert not (write_report([run]).parent / 'learning_rate.png').exists()
+  path = run / 'metrics.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  lines[1]['train/learning_rate'] = 0.05
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  assert (write_report([run]).parent / 'learning_rate.png').exists()
+
 
 def test_a_paired_test_that_says_nothing_says_why(make_run, tmp_path):
   for seed in range(2):

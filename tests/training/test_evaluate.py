@@ -12,9 +12,10 @@ from sklearn.metrics import f1_score, roc_auc_score
 from cvt_flax.data import resident
 from cvt_flax.errors import UserError
 from cvt_flax.models.cvt import CvT
+from cvt_flax.report.records import alarm
 from cvt_flax.training import sharding
 from cvt_flax.training.evaluate import collect, make_answer, summarize
-from cvt_flax.training.summary import alarm, metrics_line
+from cvt_flax.training.summary import metrics_line
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 IMAGES, BATCH, CLASSES = 37, 8, 7  # the last batch is five images and three of padding
