@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import types
 
 # Before JAX is imported. Eight forced devices let the tests of the mesh run anywhere; what does
@@ -19,6 +20,11 @@ os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
+# And they compile the same small networks again and again, in one test after another. What the
+# processes that tests start compile is kept by itself: one that is killed may leave half a file.
+_compiled = tempfile.TemporaryDirectory(prefix='cvt_flax-tests-')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['HF_HUB_OFFLINE'] = '1'  # tests need no network
 os.environ['MPLBACKEND'] = 'agg'
 
@@ -50,8 +56,10 @@ def clean_env():
 
 @pytest.fixture(scope='session')
 def quick_env(clean_env):
-  """`clean_env` for a subprocess that compiles much: as quickly as these tests."""
-  return types.MappingProxyType({**clean_env, 'XLA_FLAGS': os.environ['XLA_FLAGS']})
+  """`clean_env` for a subprocess that compiles much: as quickly as these tests, and only once."""
+  names = ('XLA_FLAGS', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
+  cache = {'JAX_COMPILATION_CACHE_DIR': os.path.join(_compiled.name, 'of_processes')}
+  return types.MappingProxyType({**clean_env, **{n: os.environ[n] for n in names}, **cache})
 
 
 @pytest.fixture(scope='session')
@@ -98,6 +106,10 @@ def timm_file():
     return timm_peer.load(path)
 
   return load
+
+
+def pytest_unconfigure():
+  _compiled.cleanup()
 
 
 def pytest_terminal_summary(terminalreporter):
