@@ -197,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
   readable = _readable(predictions, unreadable)
   if options.csv:
     _write_csv(options.csv, readable)
+    print(f'{options.csv} written')
   else:
     show = _show_json if options.json else _show_table
     for prediction in readable:

@@ -276,7 +276,7 @@ def test_json(weights, capsys):
 def test_csv(weights, capsys, tmp_path):
   path = tmp_path / 'p.csv'
   arguments = (f'--weights={weights}', PHOTOGRAPHS, '--top=2', f'--csv={path}')
-  assert main(capsys, *arguments) == ''
+  assert main(capsys, *arguments) == f'{path} written\n'
   rows = list(csv.DictReader(path.read_text().splitlines()))
   assert [(pathlib.Path(row['image']).name, row['rank']) for row in rows] == [
     ('china.jpg', '1'),

@@ -271,7 +271,11 @@ def _curves(groups, plots):
 
 def _differences(groups):
   if len(groups) == 1:
-    rows = [[key, str(value)] for key, value in groups[0].runs[0].config.items() if key != 'seed']
+    rows = [
+      [key, str(value)]
+      for key, value in groups[0].runs[0].config.items()
+      if key not in ('seed', 'seeds')
+    ]
     table = markup.details(f'{len(rows)} keys', markup.table(['key', 'value'], rows))
     return markup.section('Config', table)
   found = records.config_differences(groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -245,7 +246,12 @@ def _runs(folder):
   found = [path for path in below if is_of_seed(path)]
   if not found:
     what = 'holds no run' if folder.is_dir() else 'there is no such folder'
-    raise UserError(f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...')
+    below = (folder.glob(f'{each}/{run_folder.EXPERIMENT}') for each in ('*', '*/*'))
+    inside = sorted(itertools.chain(*below))
+    such = f'; {inside[0].parent} for example' if inside else ''
+    raise UserError(
+      f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...{such}'
+    )
   runs = tuple(sorted((read_run(path) for path in found), key=lambda run: run.seed))
   for run in runs[1:]:
     if others := _differences(runs[0], run):

@@ -295,7 +295,7 @@ class TrainConfig:
   )
   std: tuple[float, ...] = key((0.229, 0.224, 0.225), 'of the pixels, 0 to 1, a channel', low=1e-6)
   batch_size: int = key(128, 'images a step, over all devices', low=1)
-  epochs: int = key(10, 'passes over the training images', low=1, used=uses.NO_STEPS)
+  epochs: int = key(10, 'passes over the training images', low=1)
   steps: int = key(0, 'batches to train on, in place of epochs; 0: epochs', low=0)
   learning_rate: float = key(
     1e-3, 'the highest, at optimizer.reference_batch images a step', low=0.0

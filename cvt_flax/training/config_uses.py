@@ -32,7 +32,6 @@ ENCODED = (
   ),
   'source or one of eval.sets is tfds:NAME, folder:DIR or csv:FILE, whose images are decoded',
 )
-NO_STEPS = (lambda c: not c.steps, 'steps is 0; to train by steps, give epochs=10, its default')
 RESIDENT = (lambda c: c.engine == 'resident', 'engine is resident')
 STREAM = (lambda c: c.engine == 'stream', 'engine is stream')
 STREAMED = (

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Iterator
 
 from jax.sharding import Mesh
@@ -230,16 +231,21 @@ def check_config(
   if changed:
     told = [f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items()]
     words = ', '.join(told[:4]) + (f' and {len(told) - 4} more' if told[4:] else '')
+    allowed = f'give another folder, {free(folder)}, or the config that it was started with'
+    if evaluation:
+      allowed = f'give its own, {flags({name: old for name, (old, _) in changed.items()})}'
+    raise UserError(f'{folder} holds a run of another config ({words}): {allowed}')
+  name = 'steps' if now.steps else 'epochs'
+  given, before = getattr(now, name), getattr(saved, name)
+  if given < before and not evaluation:
     raise UserError(
-      f'{folder} holds a run of another config ({words}): give another folder, {free(folder)}, or '
-      'the config that it was started with'
+      f'{name}={given}: the run in {folder} was started with {before}, which can only be raised'
     )
-  for name in ('epochs', 'steps'):
-    given, before = getattr(now, name), getattr(saved, name)
-    if given < before and not evaluation:
-      raise UserError(
-        f'{name}={given}: the run in {folder} was started with {before}, which can only be raised'
-      )
+
+
+def flags(values: dict) -> str:
+  """Returns the flags that give keys of a config these values, quoted for a shell."""
+  return ' '.join(f'--config.{name}={shlex.quote(str(value))}' for name, value in values.items())
 
 
 def check_classes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 
 import numpy as np
 from flax import traverse_util
@@ -108,9 +107,12 @@ def initial_variables(
     dataclasses.asdict(weights.description.preprocessing),
     dataclasses.asdict(preprocessing),
   )
-  changed |= {name: (steps[name], own[name]) for name in own if steps[name] != own[name]}
-  if changed:
-    print(f'{warning}not as the weights say, but as this config does: {_arrows(changed)}')
+  of_images = {name: (steps[name], own[name]) for name in own if steps[name] != own[name]}
+  if changed or of_images:
+    arrows = _arrows(changed | of_images)
+    print(f'{warning}not as the weights say, but as this config does: {arrows}')
+  if of_images:
+    print(f"images as the weights' own: {experiment.flags({k: steps[k] for k in of_images})}")
   return leaves
 
 
@@ -133,12 +135,8 @@ def _trained_with(weights, source, config):
   except (UserError, AttributeError):  # damaged, of another version, or not there
     return ''
   found = differences(dataclasses.replace(saved, model=config), saved)
-  flags = [
-    f'--config.{name}={shlex.quote(str(value))}'
-    for name, (_, value) in found.items()
-    if name not in experiment.OF_COMPUTING
-  ]
-  return f'; it was trained with {" ".join(flags)}' if flags else ''
+  theirs = {k: value for k, (_, value) in found.items() if k not in experiment.OF_COMPUTING}
+  return f'; it was trained with {experiment.flags(theirs)}' if theirs else ''
 
 
 def _for_size(weights, model):

@@ -33,6 +33,8 @@ from cvt_flax.weights import run_folder
 # Steps that the host may be ahead of the device: enough to keep it busy, few enough that a loss
 # that is not finite stops the run at once.
 _STEPS_AHEAD = 2
+# What is said where a run ends between its last step and its last metrics.
+_UNFINISHED = 'the same command goes on with the last evaluation'
 
 
 def run(
@@ -178,7 +180,10 @@ def _train(config, folder, watch):
       _take_steps(training, state, start, feed, checkpoints, writer, signals)
     if processes.is_first():  # a page of another end: a run that is stopped before its own has none
       (folder / run_folder.REPORT).unlink(missing_ok=True)
-    values = _finish(training, checkpoints, writer, signals)
+    try:
+      values = _finish(training, checkpoints, writer, signals)
+    except UserError as e:  # of an image, or of memory
+      raise UserError(f'{e}; the training is saved: {_UNFINISHED}') from e.__cause__
     writer.flush()
     processes.wait_for_all('the last metrics are written')
   _write_report(folder)
@@ -326,7 +331,6 @@ def _finish(training, checkpoints, writer, signals):
   What it makes of each image is kept; of validation images, where the source has no test split.
   """
   values = {'checkpoint': checkpoints.best_step()}
-  unfinished = 'the same command goes on with the last evaluation'
   test, validation = training.dataset.test, training.dataset.validation
   if test or validation or training.sets:
     variables = training.restore_best(checkpoints)
@@ -339,7 +343,7 @@ def _finish(training, checkpoints, writer, signals):
       data = training.val_data
     answers = training.answers(variables, data, signals)
     if answers is None:
-      raise signals.interruption(unfinished)
+      raise signals.interruption(_UNFINISHED)
     if test:
       metrics = summarize(answers, len(training.dataset.class_names))
       values |= {f'test/{key}': value for key, value in metrics.items()}
@@ -348,7 +352,7 @@ def _finish(training, checkpoints, writer, signals):
     if processes.is_first():
       predictions.save(training.folder / run_folder.PREDICTIONS)
   if training.sets:
-    values |= _evaluate_splits(training, variables, {}, signals, unfinished)
+    values |= _evaluate_splits(training, variables, {}, signals, _UNFINISHED)
   writer.write(training.total_steps, training.total_steps / training.steps_per_epoch, values)
   return values
 

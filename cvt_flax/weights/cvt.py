@@ -198,7 +198,7 @@ def problems(layout: Layout, model: CvT) -> list[str]:
   # It takes the drop path rate of all blocks of a stage from the block with the stage's number.
   if layout is HUGGING_FACE and any(o.depth <= s for s, o in enumerate(stages)):
     found.append(
-      f'depths={model.depths!r} (only at least 1 block in the first stage, 2 in the second, ...)'
+      f'depths={model.depths!r} (only 1 block or more in the first stage, 2 in the second, ...)'
     )
   found += [
     f'{name}={getattr(model, name)!r} (only {value!r})'

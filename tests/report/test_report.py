@@ -496,7 +496,7 @@ def test_other_images_are_not_compared(make_run):
   ('arguments', 'message'),
   [
     (['nowhere'], 'nowhere: there is no such folder'),
-    (['{tmp}'], 'holds no run'),
+    (['{tmp}'], 'holds no run; .*below/run for example'),
     (['{run}', '{run}'], 'the same run is given twice'),
     ([], 'RUN'),
     (['{run}', '--out=x'], '--out=x'),

@@ -68,7 +68,6 @@ USED = {
     {'optimizer.freeze': ''},
     0.7,
   ),
-  'epochs': ({'steps': 100}, {'steps': 0}, 7),
   'augment.crop_padding': ({'engine': 'stream'}, {'engine': 'resident'}, 4),
   'augment.trivial_augment': ({'engine': 'stream'}, {'engine': 'resident'}, True),
   'augment.crop_scale': ({'engine': 'resident'}, {'engine': 'stream'}, (0.08, 1.0)),

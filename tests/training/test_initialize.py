@@ -175,6 +175,7 @@ def test_positions_of_another_size_are_resized(npz, tmp_path, capsys):
   said = capsys.readouterr().out
   assert ' tensors\nits positions, for images of 16x16, are resized for 8x8\n' in said
   assert 'as this config does: image_size 16 -> 8' in said and 'WARNING' not in said
+  assert "\nimages as the weights' own: --config.image_size=16" in said
   got, before = flatten_dict(jax.device_get(state.params)), flatten_dict(variables['params'])
   table = before[('pos_embed',)].reshape(1, 4, 4, -1)
   expected = np.asarray(jax.image.resize(table, (1, 2, 2, table.shape[-1]), 'bicubic'))

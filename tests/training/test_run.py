@@ -15,7 +15,7 @@ from cvt_flax import predict_images
 from cvt_flax.errors import Diverged, UserError, told_of_memory
 from cvt_flax.models.geometry import multiply_adds
 from cvt_flax.training import experiment, hardware, loop, program, setup
-from cvt_flax.training.config import get_config
+from cvt_flax.training.config import freeze, get_config
 from cvt_flax.training.engines import Resident
 from cvt_flax.training.metrics import read_metrics
 from cvt_flax.weights import pretrained
@@ -100,6 +100,14 @@ def test_a_run_folder_of_another_config_is_not_touched(trained):
   with pytest.raises(UserError, match='epochs=2: .* started with 3, which can only be raised'):
     loop.run(fewer, folder)
   assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
+
+
+def test_steps_take_the_place_of_epochs(tmp_path):
+  given = get_config().to_dict() | {'source': 'digits', 'epochs': 30, 'steps': 100}
+  saved = freeze(given)
+  experiment.check_config(tmp_path, saved, freeze(given | {'epochs': 3}), evaluation=False)
+  with pytest.raises(UserError, match='steps=50: .* started with 100, which can only be raised'):
+    experiment.check_config(tmp_path, saved, freeze(given | {'steps': 50}), evaluation=False)
 
 
 def test_a_free_folder_is_beside_the_one_that_is_taken(tmp_path, monkeypatch):
