@@ -21,7 +21,8 @@ os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
 # And they compile the same small networks again and again, in one test after another. What the
-# processes that tests start compile is kept by itself: one that is killed may leave half a file.
+# processes that tests start compile is kept by itself: one that is killed may leave half a file,
+# of which the others warn.
 _compiled = tempfile.TemporaryDirectory(prefix='cvt_flax-tests-')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'

@@ -12,7 +12,7 @@ from cvt_flax.data.sources import are_same
 from cvt_flax.report import figures, markup, records, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
-from cvt_flax.report.plots import SHARES, SPLITS, Plots, is_curve
+from cvt_flax.report.plots import SHARES, SPLITS, Plots, is_seen
 from cvt_flax.report.records import Group, Run
 
 _CURVES = (
@@ -262,10 +262,10 @@ def _curves(groups, plots):
         if x:
           drawn.append(Line(label, x, y, color, style))
           label = ''  # one line of a group is named
-    if is_curve(drawn):
+    if is_seen(drawn):
       parts.append(plots(name, title, figures.lines, drawn, percent=percent))
   if not parts:
-    return markup.section('Curves', markup.paragraph('No metric has two points yet.'))
+    return markup.section('Curves', markup.paragraph('There is not enough to draw yet.'))
   return markup.section('Curves', markup.grid(parts))
 
 

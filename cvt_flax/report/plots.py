@@ -35,9 +35,9 @@ class Plots:
     return written
 
 
-def is_curve(drawn: Sequence[Line]) -> bool:
-  """Whether lines show how something goes; a point alone says less than the tables do."""
-  return any(len(line.x) > 1 for line in drawn)
+def is_seen(drawn: Sequence[Line]) -> bool:
+  """Whether there is anything to see; of a thin line a point alone is nothing."""
+  return any(len(line.x) > 1 or line.style != 'thin' for line in drawn)
 
 
 def curves(run: Run, metric: str) -> list[Line]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import re
@@ -199,11 +198,17 @@ def _are_of_one_config(a: Run, b: Run) -> bool:
 
 def _differences(a: Run, b: Run) -> list[str]:
   """Returns the keys that tell two runs' configs apart; a key that one does not know does not."""
+  same = ('seed', *MAY_DIFFER, *_of_length(a, b))
   return sorted(
     key
     for key in a.config.keys() & b.config.keys()
-    if a.config[key] != b.config[key] and not key.startswith(('seed', *MAY_DIFFER))
+    if a.config[key] != b.config[key] and not key.startswith(same)
   )
+
+
+def _of_length(*runs: Run) -> tuple[str, ...]:
+  """Returns ('epochs',) for runs that are all trained by steps, which take its place; else ()."""
+  return ('epochs',) if all(run.config.get('steps') for run in runs) else ()
 
 
 def are_uneven(metrics: Mapping) -> bool:
@@ -246,9 +251,11 @@ def _runs(folder):
   found = [path for path in below if is_of_seed(path)]
   if not found:
     what = 'holds no run' if folder.is_dir() else 'there is no such folder'
-    below = (folder.glob(f'{each}/{run_folder.EXPERIMENT}') for each in ('*', '*/*'))
-    inside = sorted(itertools.chain(*below))
-    such = f'; {inside[0].parent} for example' if inside else ''
+    patterns = (f'{each}/{run_folder.EXPERIMENT}' for each in ('*', '*/*'))
+    inside = sorted(path.parent for each in patterns for path in folder.glob(each))
+    such = ''
+    if inside:
+      such = f'; {inside[0].parent if is_of_seed(inside[0]) else inside[0]} for example'
     raise UserError(
       f'{folder}: {what}; a run folder is needed, or one of seed-0, seed-1, ...{such}'
     )
@@ -302,9 +309,11 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list]:
   The seed is not one of them where a group has several, and what a run says at its end never is; a
   key that an older run does not know is None.
   """
-  configs = [group.runs[0].config for group in groups]
+  first = [group.runs[0] for group in groups]
+  configs = [run.config for run in first]
   keys = dict.fromkeys(key for config in configs for key in config)
-  keys.pop('closing_note', None)
+  for key in ('closing_note', *_of_length(*first)):
+    keys.pop(key, None)
   if any(len(group.runs) > 1 for group in groups):
     keys.pop('seed')
   rows = {key: [config.get(key) for config in configs] for key in keys}

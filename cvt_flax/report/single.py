@@ -11,7 +11,7 @@ import numpy as np
 from cvt_flax.report import figures, markup, shown, statistics
 from cvt_flax.report.figures import Line
 from cvt_flax.report.markup import number
-from cvt_flax.report.plots import SHARES, SPLITS, Plots, curves, is_curve
+from cvt_flax.report.plots import SHARES, SPLITS, Plots, curves, is_seen
 from cvt_flax.report.predictions import Predictions
 from cvt_flax.report.records import Run, alarm
 from cvt_flax.weights import run_folder
@@ -91,18 +91,18 @@ def _curves(run, plots):
   parts = []
   for metric, title, percent in (('loss', 'Loss', False), ('top1', 'Top-1 accuracy', True)):
     drawn = curves(run, metric)
-    if is_curve(drawn):
+    if is_seen(drawn):
       name = 'loss' if metric == 'loss' else 'accuracy'
       parts.append(plots(name, title, figures.lines, drawn, percent=percent))
   for metric, name, title in (
     ('train/learning_rate', 'learning_rate', 'Learning rate'),
     ('train/images_per_sec', 'throughput', 'Training images a second'),
   ):
-    drawn = [Line('', *run.curve(metric), 0)]
-    if is_curve(drawn):
-      parts.append(plots(name, title, figures.lines, drawn))
+    x, y = run.curve(metric)
+    if len(x) > 1:
+      parts.append(plots(name, title, figures.lines, [Line('', x, y, 0)]))
   if not parts:
-    return markup.section('Curves', markup.paragraph('No metric has two points yet.'))
+    return markup.section('Curves', markup.paragraph('There is not enough to draw yet.'))
   note = markup.paragraph(
     'Training values are means over the steps since the point before, of augmented images and by '
     'weights that move on; one over less than half as many steps is not drawn. Validation and test '

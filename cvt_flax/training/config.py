@@ -109,7 +109,7 @@ class OptimizerConfig:
     'step', 'how often the learning rate moves', allowed=('step', 'epoch'), used=uses.MOVING
   )
   warmup_epochs: float = key(0.0, 'epochs of linear warm-up', low=0.0)
-  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=uses.WARMUP)
+  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0)
   min_learning_rate: float = key(
     0.0, 'where the cosine ends', low=0.0, used=uses.schedule_is('cosine')
   )

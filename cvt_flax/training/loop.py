@@ -183,7 +183,7 @@ def _train(config, folder, watch):
     try:
       values = _finish(training, checkpoints, writer, signals)
     except UserError as e:  # of an image, or of memory
-      raise UserError(f'{e}; the training is saved: {_UNFINISHED}') from e.__cause__
+      raise UserError(f'{e}; training is over, the last evaluation alone is left') from e.__cause__
     writer.flush()
     processes.wait_for_all('the last metrics are written')
   _write_report(folder)

@@ -67,11 +67,12 @@ class Setup:
     self.elsewhere = bool(saved) and not sources.are_same(config.source, saved.config.source)
     # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout, train_share = (0.0, 1.0) if weights else (config.eval.holdout, config.train_share)
-    if weights and config.eval.holdout not in (0.0, EvalConfig().holdout):
-      print(
-        f'eval.holdout={config.eval.holdout} has no effect: what {config.init_from} was trained on '
-        'is not known'
-      )
+    for name, value, default in (
+      ('eval.holdout', config.eval.holdout, EvalConfig().holdout),
+      ('train_share', config.train_share, 1.0),
+    ):
+      if weights and value != default:
+        print(f'{name}={value} has no effect where weights are evaluated')
     test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)

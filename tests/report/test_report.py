@@ -288,6 +288,15 @@ def test_runs_of_one_config_are_put_together(make_run):
   assert 'a-again test top-1 50.00%' in words and 'The configs do not differ.' in words
 
 
+def test_of_runs_by_steps_epochs_say_nothing(make_run, tmp_path):
+  for seed, epochs in enumerate((20, 5)):
+    make_run(f'by_steps/seed-{seed}', seed=seed, steps=20, epochs=epochs)
+  assert '2 seeds, 0, 1' in Page(write_report([tmp_path / 'by_steps'])).words
+  other = make_run('other', steps=20, epochs=7, learning_rate=0.5)
+  words = Page(write_report([tmp_path / 'by_steps', other])).words.partition('configs differ')[2]
+  assert 'learning_rate' in words and 'epochs' not in words
+
+
 def test_runs_that_may_differ_are_not_put_together(make_run):
   a = make_run('a-seed0')
   other = make_run('b-seed1', seed=1, names=('cat', 'dog', 'fox'))
@@ -338,9 +347,13 @@ def test_a_run_that_takes_all_images_for_one_class_says_so(make_run):
     assert '90.00%' in words
 
 
-def test_a_curve_is_of_more_than_one_point(make_run):
+def test_nothing_is_drawn_of_what_would_not_be_seen(make_run):
   run = make_run('short')
-  assert not (write_report([run]).parent / 'learning_rate.png').exists()
+  page = write_report([run])
+  assert (page.parent / 'accuracy.png').exists()  # a point of validation, and one of test
+  assert not (page.parent / 'learning_rate.png').exists()
+  begun = make_run('begun', finished=False)  # of the loss there is a point of a thin line
+  assert 'There is not enough to draw yet' in Page(write_report([begun])).words
   path = run / 'metrics.jsonl'
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   lines[1]['train/learning_rate'] = 0.05

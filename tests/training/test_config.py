@@ -47,7 +47,6 @@ USED = {
   'optimizer.momentum': ({'optimizer.name': 'adam'}, {'optimizer.name': 'sgd'}, 0.5),
   'optimizer.nesterov': ({'optimizer.name': 'rmsprop'}, {'optimizer.name': 'sgd'}, True),
   'optimizer.rms_decay': ({'optimizer.name': 'sgd'}, {'optimizer.name': 'rmsprop'}, 0.9),
-  'optimizer.warmup_learning_rate': ({}, {'optimizer.warmup_epochs': 2}, 1e-6),
   'optimizer.min_learning_rate': (
     {'optimizer.schedule': 'constant'},
     {'optimizer.schedule': 'cosine'},
@@ -337,6 +336,14 @@ def test_every_shipped_config_is_valid(path, arguments):
   assert module.__doc__.splitlines()[0].endswith('.')
   assert config.name.startswith(path.stem)
   build_model(config.model, 10)
+
+
+@pytest.mark.parametrize(('path', 'arguments'), SHIPPED_VARIANTS)
+def test_a_few_steps_of_every_shipped_config_can_be_tried(path, arguments):
+  config = load(path).get_config(*arguments)
+  config.source = config.source or 'folder:DIR'
+  config.steps, config.optimizer.warmup_epochs = 20, 0.0  # docs/training.md
+  assert freeze(config).steps == 20
 
 
 def test_shipped_configs_are_found_with_their_variants():

@@ -292,7 +292,6 @@ def test_a_chain_of_runs_to_a_folder_of_other_classes(
   (found,) = predict_images(tmp_path / 'second', [_picture(tmp_path)])
   assert set(found.names) == {'bright', 'dark'}
   streamed.init_from, streamed.optimizer.freeze, streamed.steps = str(tmp_path / 'second'), '', 5
-  streamed.epochs = 10
   capsys.readouterr()
   loop.run(streamed, tmp_path / 'third')
   said = capsys.readouterr().out

@@ -81,7 +81,6 @@ def assert_close(got, expected, steps):
 
 NANO = [
   f'--config={ROOT}/configs/digits.py',
-  '--config.epochs=10',  # its default, for steps
   '--config.steps=60',
   '--config.optimizer.warmup_epochs=0.5',
   '--config.model.depths=(1,1,1)',  # each array is a sum of its own here, and that takes its time
