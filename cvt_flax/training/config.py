@@ -9,8 +9,9 @@ of what it belongs to": ml_collections cannot override None.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import ml_collections
 
@@ -109,7 +110,7 @@ class OptimizerConfig:
     'step', 'how often the learning rate moves', allowed=('step', 'epoch'), used=uses.MOVING
   )
   warmup_epochs: float = key(0.0, 'epochs of linear warm-up', low=0.0)
-  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0)
+  warmup_learning_rate: float = key(0.0, 'where the warm-up starts', low=0.0, used=uses.WARMUP)
   min_learning_rate: float = key(
     0.0, 'where the cosine ends', low=0.0, used=uses.schedule_is('cosine')
   )
@@ -376,6 +377,11 @@ def differences(a: TrainConfig, b: TrainConfig) -> dict[str, tuple]:
   """Returns the keys in which two configs differ, as {dotted name: (value of a, value of b)}."""
   pairs = {name: (_get(a, name), _get(b, name)) for name, _, _ in keys()}
   return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def flags(values: Mapping) -> str:
+  """Returns the flags that give keys of a config these values, quoted for a shell."""
+  return ' '.join(f'--config.{name}={shlex.quote(str(value))}' for name, value in values.items())
 
 
 def _get(config, name):

@@ -61,3 +61,4 @@ SEVERAL_LAYERS = (
   lambda c: c.optimizer.freeze != 'backbone',
   'optimizer.freeze is not backbone, which trains one layer',
 )
+WARMUP = (lambda c: c.optimizer.warmup_epochs > 0, 'optimizer.warmup_epochs is above 0')

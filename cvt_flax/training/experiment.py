@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import shlex
 from collections.abc import Iterator
 
 from jax.sharding import Mesh
@@ -16,7 +15,7 @@ from cvt_flax import storage
 from cvt_flax.data.dataset import Dataset
 from cvt_flax.errors import UserError
 from cvt_flax.report.records import MAY_DIFFER, is_of_seed
-from cvt_flax.training.config import TrainConfig, differences, freeze, to_dict
+from cvt_flax.training.config import TrainConfig, differences, flags, freeze, to_dict
 from cvt_flax.training.hardware import describe
 from cvt_flax.weights import run_folder
 from cvt_flax.weights.description import Description, run_json
@@ -241,11 +240,6 @@ def check_config(
     raise UserError(
       f'{name}={given}: the run in {folder} was started with {before}, which can only be raised'
     )
-
-
-def flags(values: dict) -> str:
-  """Returns the flags that give keys of a config these values, quoted for a shell."""
-  return ' '.join(f'--config.{name}={shlex.quote(str(value))}' for name, value in values.items())
 
 
 def check_classes(

@@ -15,7 +15,7 @@ from cvt_flax.models.positions import resize_positions
 from cvt_flax.models.zoo import create_model, list_models
 from cvt_flax.ops.logits import num_classes
 from cvt_flax.training import experiment
-from cvt_flax.training.config import ModelConfig, differences
+from cvt_flax.training.config import ModelConfig, differences, flags
 from cvt_flax.weights import architecture, pretrained, tensor_checks
 from cvt_flax.weights.description import same_classes
 from cvt_flax.weights.preprocessing import Preprocessing
@@ -112,7 +112,7 @@ def initial_variables(
     arrows = _arrows(changed | of_images)
     print(f'{warning}not as the weights say, but as this config does: {arrows}')
   if of_images:
-    print(f"images as the weights' own: {experiment.flags({k: steps[k] for k in of_images})}")
+    print(f"images as the weights' own: {flags({k: steps[k] for k in of_images})}")
   return leaves
 
 
@@ -136,7 +136,7 @@ def _trained_with(weights, source, config):
     return ''
   found = differences(dataclasses.replace(saved, model=config), saved)
   theirs = {k: value for k, (_, value) in found.items() if k not in experiment.OF_COMPUTING}
-  return f'; it was trained with {experiment.flags(theirs)}' if theirs else ''
+  return f'; it was trained with {flags(theirs)}' if theirs else ''
 
 
 def _for_size(weights, model):

@@ -1,22 +1,18 @@
 """run(config, workdir): the order of things in a run."""
 
-import collections
 import contextlib
 import dataclasses
 import gc
-import math
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 
-import jax
 import ml_collections
 
 from cvt_flax import storage
 from cvt_flax.errors import Diverged, UserError, told_of_memory
 from cvt_flax.report.predictions import ARRAYS, Predictions
-from cvt_flax.report.records import SEED_FOLDER, alarm
+from cvt_flax.report.records import SEED_FOLDER
 from cvt_flax.training import experiment, processes, summary
 from cvt_flax.training.checkpoint import Checkpoints
 from cvt_flax.training.config import freeze
@@ -24,15 +20,11 @@ from cvt_flax.training.evaluate import summarize
 from cvt_flax.training.hardware import return_freed_memory
 from cvt_flax.training.metrics import MetricWriter
 from cvt_flax.training.setup import Setup, TrainingSetup
-from cvt_flax.training.sharding import place
 from cvt_flax.training.shipped import get_config
 from cvt_flax.training.signals import Signals
-from cvt_flax.training.step import TrainMetrics
+from cvt_flax.training.steps import take_steps
 from cvt_flax.weights import run_folder
 
-# Steps that the host may be ahead of the device: enough to keep it busy, few enough that a loss
-# that is not finite stops the run at once.
-_STEPS_AHEAD = 2
 # What is said where a run ends between its last step and its last metrics.
 _UNFINISHED = 'the same command goes on with the last evaluation'
 
@@ -177,7 +169,7 @@ def _train(config, folder, watch):
     also += '; once there is a checkpoint, with another --workdir'  # as a run keeps these
     memory = told_of_memory('--config.batch_size', config.batch_size, training.batch_unit, also)
     with contextlib.closing(feed), memory:
-      _take_steps(training, state, start, feed, checkpoints, writer, signals)
+      take_steps(training, state, start, feed, checkpoints, writer, signals)
     if processes.is_first():  # a page of another end: a run that is stopped before its own has none
       (folder / run_folder.REPORT).unlink(missing_ok=True)
     try:
@@ -215,114 +207,6 @@ def _write_report(folder):
   except Exception as e:
     words = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
     print(f'there is no report ({words}); python -m cvt_flax.report {folder} tries again')
-
-
-def _take_steps(training, state, start, feed, checkpoints, writer, signals):
-  """Takes all steps that are left, with their metrics, evaluations and checkpoints."""
-  config, progress = training.config, training.progress
-  # Losses of steps that the devices may still be at.
-  pending = collections.deque()
-
-  def settle(ahead):
-    """Waits until at most `ahead` steps are unfinished, and looks at the losses of the others."""
-    while len(pending) > ahead:
-      step, loss = pending.popleft()
-      loss = float(loss)
-      if not math.isfinite(loss):
-        raise Diverged(f'the loss is {loss} at step {step}: {kept()}')
-      progress.step(step, loss)
-
-  def check_norms(step):
-    """Looks at gradients, updates and parameters: what was not finite since the last line shows."""
-    for name in ('gradient_norm', 'update_norm', 'parameter_norm'):
-      norm = float(getattr(state.window, name).total)
-      if not math.isfinite(norm):
-        raise Diverged(f'the {name} is {norm} at or before step {step}: {kept()}')
-
-  def kept():
-    last = checkpoints.latest_step()
-    words = (
-      'there is no checkpoint yet' if last is None else f'the checkpoint of step {last} is kept'
-    )
-    return f'{words} in {training.folder}'
-
-  def write_window(step):
-    """Writes the training metrics since the last such line; returns the state with none."""
-    check_norms(step)
-    window = jax.device_get(state.window).compute()
-    values = {f'train/{name}': float(value) for name, value in window.items()}
-    values['train/images_per_sec'] = rate = progress.images_per_second()
-    if training.image_share and rate:
-      values['train/mfu'] = rate * training.image_share
-    writer.write(step, step / training.steps_per_epoch, values)
-    progress.interval(step, values['train/loss'])
-    return state.replace(window=place(TrainMetrics.empty(), training.replicated))
-
-  def save(step, val_top1=None):
-    check_norms(step)
-    writer.flush()
-    checkpoints.save(step, state, val_top1)
-
-  def validate(step):
-    """Evaluates and saves; False when a signal came in between."""
-    metrics = training.evaluate(state.variables, training.val_data, signals)
-    if metrics is None:
-      return False
-    if not math.isfinite(metrics['loss']):
-      raise Diverged(f'the validation loss is {metrics["loss"]} after step {step}: {kept()}')
-    values, names = {f'val/{k}': v for k, v in metrics.items()}, training.dataset.class_names
-    writer.write(step, step / training.steps_per_epoch, values)
-    epoch, rest = divmod(step, training.steps_per_epoch)
-    when = f'step {step}' if rest else f'epoch {epoch}'
-    progress.say(f'{when}  validation: {summary.metrics_line(metrics, names)}')
-    if warning := alarm(metrics, names):
-      progress.say(warning)
-    save(step, metrics['top1'])
-    return True
-
-  def interrupted(step):
-    if checkpoints.latest_step() != step:
-      save(step)
-    checkpoints.wait()
-    return signals.interruption(f'saved step {step}; the same command goes on from there')
-
-  # A signal during an evaluation saved the state, not the metrics: the evaluation is still due.
-  lines = run_folder.read_metrics(training.folder / run_folder.METRICS)
-  evaluated = processes.of_first(
-    any(line['step'] == start and 'val/top1' in line for line in lines)
-  )
-  if start and training.eval_is_due(start) and not evaluated and not validate(start):
-    raise interrupted(start)
-
-  for step, fed in enumerate(feed, start):
-    began = time.perf_counter()
-    state, loss = training.program.step(state, *fed)
-    done = step + 1
-    pending.append((done, loss))
-    settle(_STEPS_AHEAD if step > start else 0)
-    if step == start:  # it compiled, which is not counted
-      progress.say(f'first step: loss {loss:.4f}, after {time.perf_counter() - began:.1f} s')
-      progress.start()
-
-    last = done == training.total_steps
-    save_is_due = config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0
-    if done % config.log_every == 0 or last:
-      settle(0)
-      state = write_window(done)
-    if training.eval_is_due(done):
-      settle(0)
-      if not validate(done):
-        raise interrupted(done)
-      progress.start()
-    elif save_is_due or last:
-      settle(0)
-      save(done)
-      progress.start()
-    if signals.received():
-      settle(0)
-      raise interrupted(done)
-  checkpoints.wait()
-  progress.end()
 
 
 def _finish(training, checkpoints, writer, signals):

@@ -67,12 +67,8 @@ class Setup:
     self.elsewhere = bool(saved) and not sources.are_same(config.source, saved.config.source)
     # Of weights it is not known what they were trained on: validation images are not told apart.
     holdout, train_share = (0.0, 1.0) if weights else (config.eval.holdout, config.train_share)
-    for name, value, default in (
-      ('eval.holdout', config.eval.holdout, EvalConfig().holdout),
-      ('train_share', config.train_share, 1.0),
-    ):
-      if weights and value != default:
-        print(f'{name}={value} has no effect where weights are evaluated')
+    if weights:
+      self._tell_what_has_no_effect()
     test_holdout = config.eval.test_holdout
     if self.saved:
       experiment.check_config(folder, self.saved.config, config, evaluation)
@@ -110,6 +106,13 @@ class Setup:
     self.engine = ENGINES[config.engine](config, self.mesh)
     self._answer = self._jitted_answer(self.engine)
     self.sets = self._open_sets(weights)
+
+  def _tell_what_has_no_effect(self) -> None:
+    given = {'eval.holdout': self.config.eval.holdout, 'train_share': self.config.train_share}
+    defaults = {'eval.holdout': EvalConfig().holdout, 'train_share': 1.0}
+    for name, value in given.items():
+      if value != defaults[name]:
+        print(f'{name}={value} has no effect where weights are evaluated')
 
   def _open_sets(self, weights: bool) -> list[evaluation_sets.EvaluationSet]:
     data, config = self.dataset, self.config

@@ -47,6 +47,7 @@ USED = {
   'optimizer.momentum': ({'optimizer.name': 'adam'}, {'optimizer.name': 'sgd'}, 0.5),
   'optimizer.nesterov': ({'optimizer.name': 'rmsprop'}, {'optimizer.name': 'sgd'}, True),
   'optimizer.rms_decay': ({'optimizer.name': 'sgd'}, {'optimizer.name': 'rmsprop'}, 0.9),
+  'optimizer.warmup_learning_rate': ({}, {'optimizer.warmup_epochs': 2}, 1e-6),
   'optimizer.min_learning_rate': (
     {'optimizer.schedule': 'constant'},
     {'optimizer.schedule': 'cosine'},
@@ -342,7 +343,8 @@ def test_every_shipped_config_is_valid(path, arguments):
 def test_a_few_steps_of_every_shipped_config_can_be_tried(path, arguments):
   config = load(path).get_config(*arguments)
   config.source = config.source or 'folder:DIR'
-  config.steps, config.optimizer.warmup_epochs = 20, 0.0  # docs/training.md
+  config.steps = 20  # as docs/training.md says it
+  config.optimizer.warmup_epochs = config.optimizer.warmup_learning_rate = 0.0
   assert freeze(config).steps == 20
 
 

@@ -245,15 +245,16 @@ def test_a_run_folder_is_as_good_as_a_file(config, trained, tmp_path, capsys):
   assert weights.description.class_names == ('0', '1')
   assert weights.description.preprocessing == Preprocessing(8, 1.0)
 
-  config.init_from, config.eval.holdout = str(folder), 0.2
+  config.init_from, config.eval.holdout, config.train_share = str(folder), 0.2, 0.5
   found = loop.run(config, tmp_path / 'nothing', mode='eval')
-  config.eval.holdout = 0.1
+  config.eval.holdout, config.train_share = 0.1, 1.0
   assert not (tmp_path / 'nothing').exists()
   assert found['test/top1'] == result['test/top1']
   assert found['test/loss'] == pytest.approx(result['test/loss'], rel=1e-6)
   assert 'val/top1' not in found  # what it was validated with is part of train
   said = capsys.readouterr().out
   assert '(these weights)' in said and 'eval.holdout=0.2 has no effect' in said
+  assert 'train_share=0.5 has no effect' in said
 
   config.epochs = 1
   config.learning_rate = 0.0
